@@ -1,0 +1,473 @@
+"""Soft Actor-Critic on the true reward, in one file: the yardstick, and the source of the experts.
+
+Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905. In the order of the paper:
+
+    critic_loss        eq. 5    J_Q = 1/2 E[(Q(s, a) - (r + gamma V(s')))^2] for both critics, V(s') = min Q(s', a') - alpha log pi(a'|s')
+    actor_loss         eq. 9    J_pi = E[alpha log pi(a|s) - Q(s, a)], a = tanh(mu + sigma eps)
+    temperature_loss   eq. 18   J_alpha = E[-alpha (log pi(a|s) + target entropy)], with log alpha in front as is usual
+
+    python sac_baseline.py --env-id HalfCheetah-v4
+    python sac_baseline.py --env-id HalfCheetah-v4 --target-return 4461 --save-demos my_demos/HalfCheetah-v4.npz
+"""
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.15.0",
+#     "numpy==2.4.6",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+import copy
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, NoReturn
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "HalfCheetah-v4"
+    """Gymnasium environment; observations and actions must be Box spaces"""
+    seed: int = 1
+    """seed of everything random: networks, exploration, minibatches, environment"""
+    total_timesteps: int = 1_000_000
+    """environment steps"""
+    learning_starts: int = 5_000
+    """steps with uniformly random actions before the first update"""
+    batch_size: int = 256
+    """transitions per update"""
+    buffer_size: int = 1_000_000
+    """transitions the replay buffer holds"""
+    hidden_dim: int = 256
+    """units in each of the two hidden layers of actor and critics"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """step of the target critics towards the critics"""
+    actor_lr: float = 3e-4
+    """Adam learning rate of the actor and of the temperature"""
+    critic_lr: float = 1e-3
+    """Adam learning rate of the critics"""
+
+    target_return: float | None = None
+    """stop as soon as the mean return of an evaluation reaches this"""
+    save_demos: Path | None = None
+    """record demonstrations with the final deterministic policy to this .npz file"""
+    demo_episodes: int = 16
+    """episodes to record"""
+
+    eval_every: int = 10_000
+    """steps between evaluations"""
+    eval_episodes: int = 10
+    """episodes of the deterministic policy per evaluation"""
+    checkpoint_every: int = 25_000
+    """write a checkpoint at the first episode end after this many steps"""
+    resume: bool = False
+    """continue from the run's last checkpoint"""
+    output_dir: Path = Path("runs")
+    """folder of the run directories"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the networks live; auto takes CUDA where there is one"""
+    threads: int = 1
+    """CPU threads of PyTorch; several runs side by side finish more steps than one run with several threads"""
+
+
+# ---------------------------------------------------------------------------------------------------------- files, input
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with one line on what is wrong with the user's input; exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_minimum(args: "Args", **minimum: float):
+    """Exit with code 2 where an argument is below its minimum (or is not a number)."""
+    for name, least in minimum.items():
+        if not getattr(args, name) >= least:
+            fail(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object]):
+    """Call `write` on a file beside `path` and rename it: `path` is written whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def describe_run(args: "Args", device: torch.device) -> dict:
+    """All that a later reader needs to tell what made a result: arguments, command, versions, commit, machine."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return {
+        "args": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()},
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, gym, mujoco, np)},
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- environment
+
+
+def make_env(env_id: str, observation_mean: np.ndarray | float = 0.0, observation_std: np.ndarray | float = 1.0) -> gym.Env:
+    """A Gymnasium environment with actions in [-1, 1] and observations (o - mean) / std in float32.
+
+    Exits with code 2 where the environment is unknown or a space is not a one-dimensional Box (bounded, for actions)."""
+    gym.logger.min_level = gym.logger.ERROR  # the paper's v4 environments are "out of date", and that is the point
+    try:
+        env = gym.make(env_id)
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        fail(f"cannot make the environment {env_id!r}: {str(error).splitlines()[0]}")
+    for name, space in {"observation": env.observation_space, "action": env.action_space}.items():
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            fail(f"{env_id}: the {name} space must be a one-dimensional Box, not {space}")
+    if not env.action_space.is_bounded():
+        fail(f"{env_id}: the action space must have finite bounds, not {env.action_space}")
+    box = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+    env = gym.wrappers.TransformObservation(env, lambda o: ((o - observation_mean) / observation_std).astype(np.float32), box)
+    return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+
+
+def episode_seed(*key: int) -> int:
+    """A seed that is a function of (run's seed, stream, number): with one per episode, resuming needs no simulator state."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+# -------------------------------------------------------------------------------------------------------------- networks
+
+
+def mlp(*dims: int) -> nn.Sequential:
+    """Linear layers of the given widths with ReLU between them."""
+    layers = [layer for i, o in zip(dims, dims[1:]) for layer in (nn.Linear(i, o), nn.ReLU(inplace=True))]
+    return nn.Sequential(*layers[:-1])
+
+
+class Actor(nn.Module):
+    """Tanh-Gaussian policy pi(a|s): a = tanh(u), u ~ N(mu(s), sigma(s)), actions in (-1, 1)."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
+        super().__init__()
+        self.net = mlp(observation_dim, hidden_dim, hidden_dim, 2 * action_dim)
+
+    def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Observations [B, obs] to mean and log standard deviation of u, [B, act] each."""
+        mean, log_std = self.net(observations).chunk(2, dim=-1)
+        return mean, log_std.clamp(-20, 2)
+
+    def sample(self, observations: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Reparameterised actions [B, act], their log pi(a|s) [B], and the mean and log_std of u (SAC, appendix C).
+
+        log(1 - tanh(u)^2) is written 2 (log 2 - u - softplus(-2u)), which stays exact where tanh saturates."""
+        mean, log_std = self(observations)
+        noise = torch.randn_like(mean)
+        u = mean + log_std.exp() * noise
+        log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))
+        return u.tanh(), (log_normal - log_det).sum(-1), mean, log_std
+
+
+class TwinCritic(nn.Module):
+    """Two independent action values Q1(s, a), Q2(s, a)."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
+        super().__init__()
+        self.q1 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
+        self.q2 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
+
+    def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Observations [B, obs] and actions [B, act] to two tensors [B]."""
+        x = torch.cat([observations, actions], dim=-1)
+        return self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)
+
+
+# ------------------------------------------------------------------------------------------------------------------- SAC
+
+
+def critic_loss(
+    critic: TwinCritic, target_critic: TwinCritic, actor: Actor, alpha: Tensor,
+    observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float,
+) -> Tensor:
+    """Soft Bellman error of both critics (SAC, eq. 5). rewards [B]; discount [B] or a number, 0 where nothing follows."""
+    with torch.no_grad():
+        next_actions, next_log_prob, _, _ = actor.sample(next_observations)
+        next_value = torch.min(*target_critic(next_observations, next_actions)) - alpha * next_log_prob
+        target = rewards + discount * next_value
+    q1, q2 = critic(observations, actions)
+    return 0.5 * (F.mse_loss(q1, target) + F.mse_loss(q2, target))
+
+
+def actor_loss(actor: Actor, critic: TwinCritic, alpha: Tensor, observations: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Policy objective (SAC, eq. 9), and the log pi(a|s) [B], mean and log_std [B, act] it was computed from."""
+    actions, log_prob, mean, log_std = actor.sample(observations)
+    q = torch.min(*critic(observations, actions))
+    return (alpha * log_prob - q).mean(), log_prob, mean, log_std
+
+
+def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+    """Temperature objective (SAC, eq. 18), with log alpha for alpha in front: the same sign, and a better scale."""
+    return -log_alpha * (log_prob.detach().mean() + target_entropy)
+
+
+def polyak_update(target: nn.Module, source: nn.Module, tau: float):
+    """target <- (1 - tau) target + tau source, parameter by parameter."""
+    with torch.no_grad():
+        for target_parameter, parameter in zip(target.parameters(), source.parameters()):
+            target_parameter.lerp_(parameter, tau)
+
+
+class ReplayBuffer:
+    """Ring buffer on the training device. A transition is one row, so that storing and sampling are one copy each."""
+
+    def __init__(self, capacity: int, widths: tuple[int, ...], device: torch.device):
+        self.rows = torch.empty(capacity, sum(widths), device=device)
+        self.widths, self.position, self.size = widths, 0, 0
+
+    def add(self, *parts: np.ndarray):
+        """Store one transition, given as one vector for each of the widths."""
+        self.rows[self.position] = torch.from_numpy(np.concatenate(parts, dtype=np.float32, casting="same_kind"))
+        self.position = (self.position + 1) % len(self.rows)
+        self.size = max(self.size, self.position) if self.size < len(self.rows) else self.size
+
+    def sample(self, batch_size: int) -> tuple[Tensor, ...]:
+        """Uniform transitions with replacement: one tensor [batch_size, width] for each of the widths."""
+        return self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)].split(self.widths, dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluation
+
+
+def play_episode(actor: Actor, env: gym.Env, seed: int) -> dict[str, np.ndarray]:
+    """One episode of the deterministic policy tanh(mu), as arrays in Minari's terms; actions in the environment's units."""
+    device = next(actor.parameters()).device
+    steps, done = [], False
+    observation, _ = env.reset(seed=seed)
+    while not done:
+        with torch.no_grad():
+            action = actor(torch.from_numpy(observation).to(device))[0].tanh().cpu().numpy()
+        next_observation, reward, terminated, truncated, _ = env.step(action)
+        steps.append((observation, env.action(action), next_observation, reward, terminated, truncated))
+        observation, done = next_observation, terminated or truncated
+    names = ("observations", "actions", "next_observations", "rewards", "terminations", "truncations")
+    return {name: np.array(column) for name, column in zip(names, zip(*steps))}
+
+
+def evaluate(actor: Actor, env: gym.Env, seeds: list[int]) -> tuple[float, float, float]:
+    """Mean and standard deviation of the return, and mean length, over one deterministic episode per seed."""
+    rewards = [play_episode(actor, env, seed)["rewards"] for seed in seeds]
+    returns = [r.sum() for r in rewards]
+    return float(np.mean(returns)), float(np.std(returns)), float(np.mean([len(r) for r in rewards]))
+
+
+def write_evaluations(path: Path, evaluations: list):
+    """evaluations.csv: one row per evaluation."""
+    lines = ["step,mean_return,std_return,mean_length"]
+    lines += [f"{step},{mean:.3f},{std:.3f},{length:.1f}" for step, mean, std, length in evaluations]
+    write_file(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+
+
+def record_demos(path: Path, actor: Actor, env: gym.Env, args: Args, config: dict) -> np.ndarray:
+    """Write episodes of the deterministic policy to a new .npz file; returns their returns [demo_episodes]."""
+    seeds = [episode_seed(args.seed, DEMOS, i) for i in range(args.demo_episodes)]
+    episodes = [play_episode(actor, env, seed) for seed in seeds]
+    returns = np.array([episode["rewards"].sum() for episode in episodes])
+    arrays = {name: np.concatenate([episode[name] for episode in episodes]) for name in episodes[0]}
+    arrays = {name: a if a.dtype == bool else a.astype(np.float32) for name, a in arrays.items()}
+    metadata = {"env_id": args.env_id, "returns": returns.tolist(), "episode_seeds": seeds, "seed": args.seed}
+    metadata |= {key: config[key] for key in ("command", "commit", "versions")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, lambda file: np.savez_compressed(file, metadata=json.dumps(metadata), **arrays))
+    return returns
+
+
+TRAINING, EVALUATION, DEMOS = range(3)  # streams of episode seeds
+MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "target_return", "save_demos", "demo_episodes", "device", "threads", "checkpoint_every"}
+
+
+def main(args: Args):
+    # Set-up: everything is checked before anything is written.
+    check_minimum(args, seed=0, total_timesteps=1, learning_starts=0, batch_size=1, buffer_size=1, hidden_dim=1)
+    check_minimum(args, gamma=0, tau=0, actor_lr=0, critic_lr=0, eval_every=1, eval_episodes=1, checkpoint_every=1, threads=1)
+    if args.learning_starts >= args.total_timesteps:
+        fail(f"--learning-starts {args.learning_starts} leaves nothing to learn in --total-timesteps {args.total_timesteps}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    if args.save_demos and args.save_demos.exists():
+        fail(f"--save-demos {args.save_demos}: the file exists and is not overwritten")
+    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    env, eval_env = make_env(args.env_id), make_env(args.env_id)
+    (observation_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
+
+    run_dir = args.output_dir / f"{args.env_id}__sac_baseline__s{args.seed}"
+    checkpoint_path = run_dir / "checkpoint.pt"
+    if run_dir.exists() and not args.resume:
+        fail(f"{run_dir} holds a run already: go on with it by --resume, or choose another --output-dir or --seed")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    config = describe_run(args, device)
+
+    actor = Actor(observation_dim, action_dim, args.hidden_dim).to(device)
+    critic = TwinCritic(observation_dim, action_dim, args.hidden_dim).to(device)
+    target_critic = copy.deepcopy(critic)
+    log_alpha = torch.zeros((), device=device, requires_grad=True)
+    target_entropy = -float(action_dim)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.actor_lr, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
+    alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.actor_lr, fused=True)
+    buffer = ReplayBuffer(args.buffer_size, (observation_dim, action_dim, observation_dim, 1, 1), device)
+    learned = {
+        "actor": actor, "critic": critic, "target_critic": target_critic,
+        "actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer, "alpha_optimizer": alpha_optimizer,
+    }  # fmt: skip
+
+    start, episode, wall_time, evaluations = 0, 0, 0.0, []
+    if args.resume and checkpoint_path.exists():
+        try:
+            state = torch.load(checkpoint_path, map_location=device, weights_only=True)
+        except Exception:
+            fail(f"{checkpoint_path} is not a whole checkpoint of this script; the file is left as it is")
+        changed = [k for k, v in config["args"].items() if k not in MAY_CHANGE_ON_RESUME and v != state["args"][k]]
+        if changed:
+            fail(f"{checkpoint_path} was made with another {', '.join(changed)}; --resume needs the same arguments")
+        for name, part in learned.items():
+            part.load_state_dict(state[name])
+        log_alpha.data.copy_(state["log_alpha"])
+        buffer.size, buffer.position = len(state["rows"]), state["position"]
+        buffer.rows[: buffer.size] = state["rows"]
+        start, episode, wall_time, evaluations = (state[k] for k in ("step", "episode", "wall_time", "evaluations"))
+        torch.set_rng_state(state["rng"].cpu())
+        if device.type == "cuda" and state["cuda_rng"]:
+            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+
+    if start >= args.total_timesteps:
+        print(f"{run_dir} has finished its {start:,} steps already")
+        return
+
+    def save_checkpoint(step: int):
+        state = {name: part.state_dict() for name, part in learned.items()}
+        state |= {"log_alpha": log_alpha.detach(), "rows": buffer.rows[: buffer.size].clone(), "position": buffer.position}
+        state |= {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations, "args": config["args"]}
+        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        write_file(checkpoint_path, lambda file: torch.save(state, file))
+
+    write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
+    writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
+    progress = tqdm(total=args.total_timesteps, initial=start, unit=" steps", disable=None, dynamic_ncols=True)
+    observation, _ = env.reset(seed=episode_seed(args.seed, TRAINING, episode))
+    episode_return, episode_length, last_checkpoint, clock = 0.0, 0, start, time.perf_counter() - wall_time
+
+    for step in range(start + 1, args.total_timesteps + 1):
+        # Act.
+        with torch.no_grad():
+            if step <= args.learning_starts:
+                action = 2 * torch.rand(action_dim) - 1
+            else:
+                action = actor.sample(torch.from_numpy(observation).to(device))[0].cpu()
+        next_observation, reward, terminated, truncated, _ = env.step(action.numpy())
+        # A truncated episode would have gone on, so its last state is bootstrapped from; a terminated one is not.
+        buffer.add(observation, action.numpy(), next_observation, np.array([reward]), np.array([terminated]))
+        observation = next_observation
+        episode_return, episode_length = episode_return + float(reward), episode_length + 1
+
+        if step > args.learning_starts:
+            observations, actions, next_observations, rewards, terminations = buffer.sample(args.batch_size)
+            alpha = log_alpha.detach().exp()
+
+            # Critic: one step on the soft Bellman error. `inputs` keeps gradients out of every other network.
+            discount = args.gamma * (1 - terminations.squeeze(-1))
+            qf_loss = critic_loss(critic, target_critic, actor, alpha, observations, actions, next_observations, rewards.squeeze(-1), discount)
+            critic_optimizer.zero_grad()
+            qf_loss.backward(inputs=list(critic.parameters()))
+            critic_optimizer.step()
+
+            # Actor: towards actions of high value and high entropy.
+            policy_loss, log_prob, _, _ = actor_loss(actor, critic, alpha, observations)
+            actor_optimizer.zero_grad()
+            policy_loss.backward(inputs=list(actor.parameters()))
+            actor_optimizer.step()
+
+            # Temperature: up where the entropy is below its target, down where it is above.
+            alpha_loss = temperature_loss(log_alpha, log_prob, target_entropy)
+            alpha_optimizer.zero_grad()
+            alpha_loss.backward()
+            alpha_optimizer.step()
+
+            polyak_update(target_critic, critic, args.tau)
+
+            if step % 1_000 == 0:
+                writer.add_scalar("losses/qf_loss", qf_loss.item(), step)
+                writer.add_scalar("losses/actor_loss", policy_loss.item(), step)
+                writer.add_scalar("losses/alpha", alpha.item(), step)
+                writer.add_scalar("losses/entropy", -log_prob.mean().item(), step)
+
+        done = terminated or truncated
+        if done:
+            writer.add_scalar("charts/episodic_return", episode_return, step)
+            writer.add_scalar("charts/episodic_length", episode_length, step)
+            episode, episode_return, episode_length = episode + 1, 0.0, 0
+            observation, _ = env.reset(seed=episode_seed(args.seed, TRAINING, episode))
+        progress.update()
+
+        if step % args.eval_every == 0:
+            seeds = [episode_seed(args.seed, EVALUATION, step, i) for i in range(args.eval_episodes)]
+            evaluations.append([step, *evaluate(actor, eval_env, seeds)])
+            write_evaluations(run_dir / "evaluations.csv", evaluations)
+            mean_return, std_return = evaluations[-1][1:3]
+            writer.add_scalar("eval/return", mean_return, step)
+            writer.add_scalar("charts/SPS", step / (time.perf_counter() - clock), step)
+            progress.write(f"{step:>9,} steps: return {mean_return:8.1f} ± {std_return:.1f}")
+            progress.set_postfix_str(f"return {mean_return:.0f}")
+            if args.target_return is not None and mean_return >= args.target_return:
+                break
+        if done and step - last_checkpoint >= args.checkpoint_every:
+            save_checkpoint(step)
+            last_checkpoint = step
+
+    # The end: policy, checkpoint, summary, demonstrations.
+    progress.close()
+    writer.close()
+    save_checkpoint(step)
+    policy = {"actor": actor.state_dict(), "env_id": args.env_id, "hidden_dim": args.hidden_dim}
+    policy |= {"observation_mean": torch.zeros(observation_dim), "observation_std": torch.ones(observation_dim)}
+    write_file(run_dir / "policy.pt", lambda file: torch.save(policy, file))
+    config |= {"finished_at_step": step, "wall_time_seconds": round(time.perf_counter() - clock, 1)}
+    write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
+    print(f"{run_dir}: {step:,} steps in {config['wall_time_seconds'] / 60:.1f} minutes")
+    if evaluations:
+        means = [row[1] for row in evaluations]
+        print(f"return: best {max(means):.1f}, final (mean of the last five evaluations) {np.mean(means[-5:]):.1f}")
+    if args.target_return is not None and not (evaluations and evaluations[-1][1] >= args.target_return):
+        print(f"no evaluation reached --target-return {args.target_return}: no demonstrations were recorded")
+        raise SystemExit(1)
+    if args.save_demos:
+        returns = record_demos(args.save_demos, actor, eval_env, args, config)
+        print(f"{args.save_demos}: {len(returns)} episodes, return {returns.mean():.1f} ± {returns.std():.1f}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
