@@ -1,0 +1,751 @@
+"""DiffAIL: adversarial imitation learning whose discriminator is a diffusion model, in one file.
+
+Wang et al., "DiffAIL: Diffusion Adversarial Imitation Learning", AAAI 2024, arXiv 2312.06348. With x = [s, a], or the pair
+of states [s, s'] under --state-only, in the order in which the paper has it:
+
+    x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps                      forward diffusion             DiffusionDiscriminator.noised
+    L(x, eps, t) = mean over d of (eps - eps_phi(x_t, t))^2          diffusion loss                DiffusionDiscriminator.diffusion_loss
+    D(x, eps, t) = exp(-L(x, eps, t))                                discriminator                 DiffusionDiscriminator.forward
+    min_phi  -E_expert[log D] - E_policy[log(1 - D)]                 adversarial objective         discriminator_loss
+             + lambda E[(||grad_x D(x)||_2 - 1)^2]                   gradient penalty              gradient_penalty
+    R(x) = -log(1 - exp(-mean over t of L(x, eps_t, t)))             surrogate reward              surrogate_reward
+    max_pi  E[sum of gamma^k (R - alpha log pi)]                     SAC, arXiv 1812.05905         critic_loss, actor_loss, temperature_loss
+
+The true reward is never seen: it is not stored, and only evaluations print it.
+
+    python diffail.py --env-id HalfCheetah-v4 --state-only
+"""
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.15.0",
+#     "numpy==2.4.6",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+import copy
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, NoReturn
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "HalfCheetah-v4"
+    """Gymnasium environment; observations and actions must be Box spaces"""
+    state_only: bool = False
+    """imitate pairs of states [s, s'] instead of state-action pairs [s, a]"""
+    demos: Path | None = None
+    """demonstrations (.npz); by default demos/ENV_ID.npz beside this script"""
+    num_trajectories: int = 1
+    """how many of the demonstrated episodes to learn from, the first ones of the file"""
+    seed: int = 1
+    """seed of everything random: networks, exploration, minibatches, noise, environment"""
+
+    # None stands for the paper's value for the environment, see ENVIRONMENT_DEFAULTS.
+    total_timesteps: int | None = None
+    """environment steps"""
+    hidden_dim: int | None = None
+    """units in each of the three hidden layers of the noise predictor"""
+    grad_penalty: float | None = None
+    """weight lambda of the discriminator's gradient penalty"""
+    normalize_observations: bool | None = None
+    """scale observations by the mean and standard deviation of the demonstrations in use"""
+
+    diffusion_steps: int = 10
+    """number of diffusion steps T"""
+    noise_schedule: Literal["linear", "cosine", "vp"] = "linear"
+    """variance schedule beta_1 ... beta_T"""
+    reward_form: Literal["paper", "released"] = "paper"
+    """average over t the loss, as in the paper, or exp(-squared error) over t and dimensions, as in the authors' code"""
+    reward_scale: float = 2.0
+    """factor on the surrogate reward"""
+    discriminator_lr: float = 3e-5
+    """Adam learning rate of the discriminator"""
+
+    learning_starts: int = 5_000
+    """steps with uniformly random actions before the first update"""
+    batch_size: int = 256
+    """samples per update, of the expert and of the policy"""
+    buffer_size: int = 1_000_000
+    """transitions the replay buffer holds"""
+    sac_hidden_dim: int = 256
+    """units in each of the two hidden layers of actor and critics"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """step of the target critics towards the critics"""
+    actor_lr: float = 3e-4
+    """Adam learning rate of the actor and of the temperature"""
+    critic_lr: float = 3e-4
+    """Adam learning rate of the critics"""
+    sac_beta1: float = 0.25
+    """first moment decay of Adam for actor, critics and temperature: the reward moves, so little momentum"""
+    initial_temperature: float = 0.2
+    """initial alpha"""
+    actor_regularizer: float = 1e-3
+    """weight of mean^2 + log_std^2 of the policy in the actor's loss"""
+
+    eval_every: int = 10_000
+    """steps between evaluations"""
+    eval_episodes: int = 10
+    """episodes of the deterministic policy per evaluation"""
+    checkpoint_every: int = 25_000
+    """write a checkpoint at the first episode end after this many steps"""
+    resume: bool = False
+    """continue from the run's last checkpoint"""
+    output_dir: Path = Path("runs")
+    """folder of the run directories"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the networks live; auto takes CUDA where there is one"""
+    threads: int = 1
+    """CPU threads of PyTorch; several runs side by side finish more steps than one run with several threads"""
+
+
+# The released hyperparameters, by body; any other environment gets HalfCheetah's.
+ENVIRONMENT_DEFAULTS = {
+    "HalfCheetah": dict(total_timesteps=500_000, grad_penalty=0.1, hidden_dim=128, normalize_observations=False),
+    "Hopper": dict(total_timesteps=750_000, grad_penalty=0.0, hidden_dim=256, normalize_observations=True),
+    "Walker2d": dict(total_timesteps=750_000, grad_penalty=0.001, hidden_dim=128, normalize_observations=True),
+    "Ant": dict(total_timesteps=500_000, grad_penalty=0.1, hidden_dim=128, normalize_observations=False),
+}
+
+# ---------------------------------------------------------------------------------------------------------- files, input
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with one line on what is wrong with the user's input; exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_minimum(args: "Args", **minimum: float):
+    """Exit with code 2 where an argument is below its minimum (or is not a number)."""
+    for name, least in minimum.items():
+        if not getattr(args, name) >= least:
+            fail(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object]):
+    """Call `write` on a file beside `path` and rename it: `path` is written whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def describe_run(args: "Args", device: torch.device) -> dict:
+    """All that a later reader needs to tell what made a result: arguments, command, versions, commit, machine."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return {
+        "args": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()},
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, gym, mujoco, np)},
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- environment
+
+
+def make_env(env_id: str, observation_mean: np.ndarray | float = 0.0, observation_std: np.ndarray | float = 1.0) -> gym.Env:
+    """A Gymnasium environment with actions in [-1, 1] and observations (o - mean) / std in float32.
+
+    Exits with code 2 where the environment is unknown or a space is not a one-dimensional Box (bounded, for actions)."""
+    gym.logger.min_level = gym.logger.ERROR  # the paper's v4 environments are "out of date", and that is the point
+    try:
+        env = gym.make(env_id)
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        fail(f"cannot make the environment {env_id!r}: {str(error).splitlines()[0]}")
+    for name, space in {"observation": env.observation_space, "action": env.action_space}.items():
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            fail(f"{env_id}: the {name} space must be a one-dimensional Box, not {space}")
+    if not env.action_space.is_bounded():
+        fail(f"{env_id}: the action space must have finite bounds, not {env.action_space}")
+    box = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+    env = gym.wrappers.TransformObservation(env, lambda o: ((o - observation_mean) / observation_std).astype(np.float32), box)
+    return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+
+
+def episode_seed(*key: int) -> int:
+    """A seed that is a function of (run's seed, stream, number): with one per episode, resuming needs no simulator state."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+# -------------------------------------------------------------------------------------------------------- demonstrations
+
+
+@dataclass
+class Demonstrations:
+    """The transitions of the first episodes of a file: float32 arrays [N, dim], actions in the environment's units."""
+
+    observations: np.ndarray
+    actions: np.ndarray
+    next_observations: np.ndarray
+    expert_return: float  # mean return over all episodes of the file
+
+
+def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym.Env) -> Demonstrations:
+    """Read the first `num_trajectories` episodes of a .npz file made by sac_baseline.py.
+
+    Exits with code 2 where the file is missing, broken, not finite, of another environment, or holds too few episodes."""
+    if not path.exists():
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.npz"))) or "none"
+        fail(f"no demonstrations at {path} (there: {known}); make them: python sac_baseline.py --env-id {env_id} --save-demos {path}")
+    vectors, scalars = ("observations", "actions", "next_observations"), ("rewards", "terminations", "truncations")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            data = {name: file[name] for name in (*vectors, *scalars)}
+            metadata = json.loads(file["metadata"].item())
+            recorded_env_id, expert_return = str(metadata["env_id"]), float(np.mean(metadata["returns"]))
+    except Exception as error:  # what a damaged archive raises is open-ended
+        fail(f"{path} is not a whole demonstration file: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+
+    if recorded_env_id != env_id:
+        fail(f"{path} was recorded in {recorded_env_id}, not in {env_id}")
+    n = len(data["rewards"]) if data["rewards"].ndim else 0
+    observation_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    for name, array in data.items():
+        shape = (n,) if name in scalars else (n, action_dim if name == "actions" else observation_dim)
+        if array.shape != shape or n == 0:
+            fail(f"{path}: {name} has shape {array.shape}, {env_id} and the number of rewards ask for {shape}")
+        if array.dtype != (bool if name in scalars[1:] else np.float32):
+            fail(f"{path}: {name} has type {array.dtype}, not {'bool' if name in scalars[1:] else 'float32'}")
+        if not np.isfinite(array).all():
+            fail(f"{path}: {name} has values that are not finite")
+    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
+    if (data["actions"] < low - 1e-5).any() or (data["actions"] > high + 1e-5).any():
+        fail(f"{path}: some actions are outside the bounds of {env_id}")
+    ends = np.flatnonzero(data["terminations"] | data["truncations"]) + 1
+    if num_trajectories > len(ends):
+        fail(f"{path} holds {len(ends)} episodes, --num-trajectories asks for {num_trajectories}")
+    return Demonstrations(*(data[name][: ends[num_trajectories - 1]] for name in vectors), expert_return)
+
+
+# -------------------------------------------------------------------------------------------------------------- networks
+
+
+def mlp(*dims: int) -> nn.Sequential:
+    """Linear layers of the given widths with ReLU between them."""
+    layers = [layer for i, o in zip(dims, dims[1:]) for layer in (nn.Linear(i, o), nn.ReLU(inplace=True))]
+    return nn.Sequential(*layers[:-1])
+
+
+class Actor(nn.Module):
+    """Tanh-Gaussian policy pi(a|s): a = tanh(u), u ~ N(mu(s), sigma(s)), actions in (-1, 1)."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
+        super().__init__()
+        self.net = mlp(observation_dim, hidden_dim, hidden_dim, 2 * action_dim)
+
+    def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Observations [B, obs] to mean and log standard deviation of u, [B, act] each."""
+        mean, log_std = self.net(observations).chunk(2, dim=-1)
+        return mean, log_std.clamp(-20, 2)
+
+    def sample(self, observations: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Reparameterised actions [B, act], their log pi(a|s) [B], and the mean and log_std of u (SAC, appendix C).
+
+        log(1 - tanh(u)^2) is written 2 (log 2 - u - softplus(-2u)), which stays exact where tanh saturates."""
+        mean, log_std = self(observations)
+        noise = torch.randn_like(mean)
+        u = mean + log_std.exp() * noise
+        log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))
+        return u.tanh(), (log_normal - log_det).sum(-1), mean, log_std
+
+
+class TwinCritic(nn.Module):
+    """Two independent action values Q1(s, a), Q2(s, a)."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
+        super().__init__()
+        self.q1 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
+        self.q2 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
+
+    def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Observations [B, obs] and actions [B, act] to two tensors [B]."""
+        x = torch.cat([observations, actions], dim=-1)
+        return self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)
+
+
+# --------------------------------------------------------------------------------------------------------- discriminator
+
+
+def noise_schedule(name: str, steps: int) -> Tensor:
+    """Variances beta_1 ... beta_T of the forward diffusion, [steps], float64.
+
+    linear: Ho et al. 2020; cosine: Nichol & Dhariwal 2021, eq. 17; vp: Xiao et al. 2022, the discretised SDE of Song et al. 2021."""
+    if name == "linear":
+        return torch.linspace(1e-4, 2e-2, steps, dtype=torch.float64)
+    t = torch.arange(steps + 1, dtype=torch.float64)
+    if name == "cosine":
+        alpha_bar = torch.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    beta_min, beta_max = 0.1, 10.0
+    return 1 - torch.exp(-beta_min / steps - 0.5 * (beta_max - beta_min) * (2 * t[1:] - 1) / steps**2)
+
+
+def time_embedding(steps: int, dim: int) -> Tensor:
+    """Sinusoidal embedding of t = 0 ... steps - 1, [steps, dim] (Vaswani et al. 2017): dim / 2 sines, then as many cosines."""
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2) / (dim // 2 - 1))
+    angles = torch.arange(steps)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class Mish(torch.autograd.Function):
+    """mish(x) = x tanh(log(1 + e^x)) (Misra 2019) and its derivative, both differentiable: the gradient penalty needs mish''.
+
+    With s = sigmoid(x), c = 1 - s and v = 1 / (1 + c^2), the factor w of x is s (2 - s) v and w' is 4 s c^2 v^2."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
+        s = x.sigmoid()
+        c = 1 - s
+        v = (c * c).add_(1).reciprocal_()
+        dw = c.square_().mul_(s).mul_(v).mul_(v).mul_(4)
+        w = (2 - s).mul_(s).mul_(v)
+        y = w * x
+        dy = w.addcmul_(x, dw)  # w + x w'
+        ctx.save_for_backward(x, s, v, dw, dy)
+        return y, dy
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor, grad_dy: Tensor) -> Tensor:
+        x, s, v, dw, dy = ctx.saved_tensors
+        ddy = (dw / v).sub_(s, alpha=3).add_(1).mul_(x).add_(2).mul_(dw)  # 2 w' + x w''
+        return ddy.mul_(grad_dy).addcmul_(grad_y, dy)
+
+
+def mish(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """mish(x) and its slope mish'(x); where no gradient is wanted, mish(x) in the memory of x, and no slope.
+
+    F.mish and autograd's own double backward do the same in half as much time again for a step of the discriminator, and F.mish
+    in twice the time for the surrogate reward."""
+    if torch.is_grad_enabled():
+        return Mish.apply(x)
+    s = x.sigmoid()
+    m = (2 - s).mul_(s)
+    return x.mul_(m).div_(m.neg_().add_(2)), None
+
+
+class NoisePredictor(nn.Module):
+    """eps_phi(x_t, t): an MLP on x_t and an embedding of t."""
+
+    def __init__(self, dim: int, hidden_dim: int, diffusion_steps: int):
+        super().__init__()
+        self.register_buffer("time_embedding", time_embedding(diffusion_steps, 16))
+        self.time_in, self.time_out = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.hidden = nn.ModuleList([nn.Linear(dim + 16, hidden_dim), nn.Linear(hidden_dim, hidden_dim), nn.Linear(hidden_dim, hidden_dim)])
+        self.out = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, list]:
+        """x_t [B, d] and t [B] to the predicted noise [B, d] and the slopes of the hidden units, three times [B, hidden_dim]."""
+        time = self.time_out(mish(self.time_in(self.time_embedding))[0])  # [T, 16]: each t once, then looked up
+        h, slopes = torch.cat([x_t, time[t]], dim=-1), []
+        for layer in self.hidden:
+            h, slope = mish(layer(h))
+            slopes.append(slope)
+        return self.out(h), slopes
+
+
+class DiffusionDiscriminator(nn.Module):
+    """D(x, eps, t) = exp(-L(x, eps, t)): the better the diffusion model denoises x, the more x looks like the expert's."""
+
+    def __init__(self, dim: int, hidden_dim: int, diffusion_steps: int, schedule: str):
+        super().__init__()
+        alpha_bar = torch.cumprod(1 - noise_schedule(schedule, diffusion_steps), dim=0)
+        self.register_buffer("sqrt_alpha_bar", alpha_bar.sqrt().float()[:, None])
+        self.register_buffer("sqrt_one_minus_alpha_bar", (1 - alpha_bar).sqrt().float()[:, None])
+        self.noise_predictor = NoisePredictor(dim, hidden_dim, diffusion_steps)
+        self.diffusion_steps = diffusion_steps
+
+    def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t for x [B, d], noise [B, d] and t [B] in 0 ... T - 1."""
+        return self.sqrt_alpha_bar[t] * x + self.sqrt_one_minus_alpha_bar[t] * noise
+
+    def denoising_error(self, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, list]:
+        """eps_phi(x_t, t) - eps, [B, d], and the noise predictor's slopes."""
+        prediction, slopes = self.noise_predictor(self.noised(x, noise, t), t)
+        return prediction - noise, slopes
+
+    def diffusion_loss(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """L(x, eps, t), [B]. The paper prints a squared norm; the authors' code and its results have the mean over d."""
+        return self.denoising_error(x, noise, t)[0].square().mean(-1)
+
+    def forward(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """D(x, eps, t) in (0, 1], [B]."""
+        return torch.exp(-self.diffusion_loss(x, noise, t))
+
+    def gradient(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Gradient of D(x, eps, t) with respect to x, [B, d], by the chain rule from the last layer to the first."""
+        error, slopes = self.denoising_error(x, noise, t)
+        grad = error @ self.noise_predictor.out.weight
+        for layer, slope in zip(reversed(self.noise_predictor.hidden), reversed(slopes)):
+            grad = (grad * slope) @ layer.weight
+        d_loss = 2 / x.shape[1] * self.sqrt_alpha_bar[t] * grad[:, : x.shape[1]]
+        return -torch.exp(-error.square().mean(-1, keepdim=True)) * d_loss
+
+    def draw(self, *shape: int) -> tuple[Tensor, Tensor]:
+        """Standard normal noise of the given shape [B, d] and uniform steps t [B]."""
+        device = self.sqrt_alpha_bar.device
+        return torch.randn(shape, device=device), torch.randint(self.diffusion_steps, shape[:1], device=device)
+
+
+def log_one_minus_exp(loss: Tensor) -> Tensor:
+    """log(1 - exp(-L)) for L >= 0, finite (at least -69) and with finite gradients: 1 - exp would lose all digits near L = 0."""
+    return torch.log(-torch.expm1(-loss.clamp(min=1e-30)))
+
+
+def discriminator_loss(
+    discriminator: DiffusionDiscriminator, expert: Tensor, policy: Tensor, noise: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor]:
+    """-E_expert[log D] = E[L], and -E_policy[log(1 - D)], for expert [B, d], policy [B, d], noise [2B, d] and t [2B]."""
+    loss = discriminator.diffusion_loss(torch.cat([expert, policy]), noise, t)
+    expert_loss, policy_loss = loss.split(len(expert))
+    return expert_loss.mean(), -log_one_minus_exp(policy_loss).mean()
+
+
+def gradient_penalty(
+    discriminator: DiffusionDiscriminator, expert: Tensor, policy: Tensor, mix: Tensor, noise: Tensor, t: Tensor
+) -> Tensor:
+    """E[(||grad D||_2 - 1)^2] where mix [B, 1] puts x between expert and policy (Gulrajani et al. 2017, eq. 3)."""
+    grad = discriminator.gradient(mix * expert + (1 - mix) * policy, noise, t)
+    return (grad.norm(dim=-1) - 1).square().mean()
+
+
+@torch.no_grad()
+def surrogate_reward(discriminator: DiffusionDiscriminator, x: Tensor, noise: Tensor, form: str) -> Tensor:
+    """R(x) = -log(1 - D), [B], for x [B, d] and noise [T, B, d], one draw for each diffusion step; all T in one batch."""
+    steps, batch_size, dim = noise.shape
+    t = torch.arange(steps, device=x.device).repeat_interleave(batch_size)
+    error, _ = discriminator.denoising_error(x.repeat(steps, 1), noise.view(-1, dim), t)
+    squared_error = error.square().view(steps, batch_size, dim)
+    if form == "paper":  # D = exp(-mean of L)
+        loss = squared_error.mean(dim=(0, 2))
+    else:  # D = mean of exp(-squared error)
+        loss = -torch.log(torch.exp(-squared_error).mean(dim=(0, 2)))
+    return -log_one_minus_exp(loss)
+
+
+# ------------------------------------------------------------------------------------------------------------------- SAC
+
+
+def critic_loss(
+    critic: TwinCritic, target_critic: TwinCritic, actor: Actor, alpha: Tensor,
+    observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float,
+) -> Tensor:
+    """Soft Bellman error of both critics (SAC, eq. 5). rewards [B]; discount [B] or a number, 0 where nothing follows."""
+    with torch.no_grad():
+        next_actions, next_log_prob, _, _ = actor.sample(next_observations)
+        next_value = torch.min(*target_critic(next_observations, next_actions)) - alpha * next_log_prob
+        target = rewards + discount * next_value
+    q1, q2 = critic(observations, actions)
+    return 0.5 * (F.mse_loss(q1, target) + F.mse_loss(q2, target))
+
+
+def actor_loss(actor: Actor, critic: TwinCritic, alpha: Tensor, observations: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Policy objective (SAC, eq. 9), and the log pi(a|s) [B], mean and log_std [B, act] it was computed from."""
+    actions, log_prob, mean, log_std = actor.sample(observations)
+    q = torch.min(*critic(observations, actions))
+    return (alpha * log_prob - q).mean(), log_prob, mean, log_std
+
+
+def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+    """Temperature objective (SAC, eq. 18), with log alpha for alpha in front: the same sign, and a better scale."""
+    return -log_alpha * (log_prob.detach().mean() + target_entropy)
+
+
+def polyak_update(target: nn.Module, source: nn.Module, tau: float):
+    """target <- (1 - tau) target + tau source, parameter by parameter."""
+    with torch.no_grad():
+        for target_parameter, parameter in zip(target.parameters(), source.parameters()):
+            target_parameter.lerp_(parameter, tau)
+
+
+class ReplayBuffer:
+    """Ring buffer on the training device. A transition is one row, so that storing and sampling are one copy each."""
+
+    def __init__(self, capacity: int, widths: tuple[int, ...], device: torch.device):
+        self.rows = torch.empty(capacity, sum(widths), device=device)
+        self.widths, self.position, self.size = widths, 0, 0
+
+    def add(self, *parts: np.ndarray):
+        """Store one transition, given as one vector for each of the widths."""
+        self.rows[self.position] = torch.from_numpy(np.concatenate(parts, dtype=np.float32, casting="same_kind"))
+        self.position = (self.position + 1) % len(self.rows)
+        self.size = max(self.size, self.position) if self.size < len(self.rows) else self.size
+
+    def sample(self, batch_size: int) -> tuple[Tensor, ...]:
+        """Uniform transitions with replacement: one tensor [batch_size, width] for each of the widths."""
+        return self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)].split(self.widths, dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluation
+
+
+def play_episode(actor: Actor, env: gym.Env, seed: int) -> dict[str, np.ndarray]:
+    """One episode of the deterministic policy tanh(mu), as arrays in Minari's terms; actions in the environment's units."""
+    device = next(actor.parameters()).device
+    steps, done = [], False
+    observation, _ = env.reset(seed=seed)
+    while not done:
+        with torch.no_grad():
+            action = actor(torch.from_numpy(observation).to(device))[0].tanh().cpu().numpy()
+        next_observation, reward, terminated, truncated, _ = env.step(action)
+        steps.append((observation, env.action(action), next_observation, reward, terminated, truncated))
+        observation, done = next_observation, terminated or truncated
+    names = ("observations", "actions", "next_observations", "rewards", "terminations", "truncations")
+    return {name: np.array(column) for name, column in zip(names, zip(*steps))}
+
+
+def evaluate(actor: Actor, env: gym.Env, seeds: list[int]) -> tuple[float, float, float]:
+    """Mean and standard deviation of the return, and mean length, over one deterministic episode per seed."""
+    rewards = [play_episode(actor, env, seed)["rewards"] for seed in seeds]
+    returns = [r.sum() for r in rewards]
+    return float(np.mean(returns)), float(np.std(returns)), float(np.mean([len(r) for r in rewards]))
+
+
+def write_evaluations(path: Path, evaluations: list):
+    """evaluations.csv: one row per evaluation."""
+    lines = ["step,mean_return,std_return,mean_length"]
+    lines += [f"{step},{mean:.3f},{std:.3f},{length:.1f}" for step, mean, std, length in evaluations]
+    write_file(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+
+
+TRAINING, EVALUATION = range(2)  # streams of episode seeds
+MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "demos", "total_timesteps", "device", "threads", "checkpoint_every"}
+
+
+def main(args: Args):
+    # Set-up: everything is checked before anything is written.
+    body = args.env_id.rsplit("/")[-1].split("-v")[0]
+    for name, value in ENVIRONMENT_DEFAULTS.get(body, ENVIRONMENT_DEFAULTS["HalfCheetah"]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check_minimum(args, seed=0, num_trajectories=1, total_timesteps=1, learning_starts=1, batch_size=1, buffer_size=1, hidden_dim=1)
+    check_minimum(args, sac_hidden_dim=1, diffusion_steps=1, grad_penalty=0, reward_scale=0, gamma=0, tau=0, actor_regularizer=0)
+    check_minimum(args, discriminator_lr=0, actor_lr=0, critic_lr=0, sac_beta1=0, initial_temperature=1e-6)
+    check_minimum(args, eval_every=1, eval_episodes=1, checkpoint_every=1, threads=1)
+    if args.learning_starts >= args.total_timesteps:
+        fail(f"--learning-starts {args.learning_starts} leaves nothing to learn in --total-timesteps {args.total_timesteps}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # dead units leave denormal moments in Adam; arithmetic on those is 30 times slower
+    torch.manual_seed(args.seed)
+    env = make_env(args.env_id)
+    (observation_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
+
+    demos_path = args.demos or Path(__file__).parent / "demos" / f"{args.env_id}.npz"
+    demos = load_demonstrations(demos_path, args.env_id, args.num_trajectories, env)
+    mean, std = np.zeros(observation_dim, np.float32), np.ones(observation_dim, np.float32)
+    if args.normalize_observations:
+        mean, std = demos.observations.mean(0), demos.observations.std(0)
+        std[std < 1e-6] = 1.0  # a coordinate that never moves is only centred
+    env, eval_env = make_env(args.env_id, mean, std), make_env(args.env_id, mean, std)
+
+    setting = "state-only" if args.state_only else "state-action"
+    run_dir = args.output_dir / f"{args.env_id}__diffail__{setting}__{args.num_trajectories}traj__s{args.seed}"
+    checkpoint_path = run_dir / "checkpoint.pt"
+    if run_dir.exists() and not args.resume:
+        fail(f"{run_dir} holds a run already: go on with it by --resume, or choose another --output-dir or --seed")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    config = describe_run(args, device)
+
+    def discriminator_input(observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:
+        return torch.cat([observations, next_observations if args.state_only else actions], dim=-1)
+
+    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
+    expert_actions = 2 * (demos.actions - low) / (high - low) - 1
+    expert_arrays = (demos.observations - mean) / std, expert_actions, (demos.next_observations - mean) / std
+    expert_x = discriminator_input(*(torch.from_numpy(a).to(device) for a in expert_arrays))
+
+    discriminator = DiffusionDiscriminator(expert_x.shape[1], args.hidden_dim, args.diffusion_steps, args.noise_schedule).to(device)
+    actor = Actor(observation_dim, action_dim, args.sac_hidden_dim).to(device)
+    critic = TwinCritic(observation_dim, action_dim, args.sac_hidden_dim).to(device)
+    target_critic = copy.deepcopy(critic)
+    log_alpha = torch.tensor(math.log(args.initial_temperature), device=device, requires_grad=True)
+    target_entropy = -action_dim / 2
+    betas = (args.sac_beta1, 0.999)
+    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=args.discriminator_lr, fused=True)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.actor_lr, betas=betas, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, betas=betas, fused=True)
+    alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.actor_lr, betas=betas, fused=True)
+    buffer = ReplayBuffer(args.buffer_size, (observation_dim, action_dim, observation_dim), device)
+    learned = {
+        "discriminator": discriminator, "actor": actor, "critic": critic, "target_critic": target_critic,
+        "discriminator_optimizer": discriminator_optimizer, "actor_optimizer": actor_optimizer,
+        "critic_optimizer": critic_optimizer, "alpha_optimizer": alpha_optimizer,
+    }  # fmt: skip
+
+    start, episode, wall_time, evaluations = 0, 0, 0.0, []
+    if args.resume and checkpoint_path.exists():
+        try:
+            state = torch.load(checkpoint_path, map_location=device, weights_only=True)
+        except Exception:
+            fail(f"{checkpoint_path} is not a whole checkpoint of this script; the file is left as it is")
+        changed = [k for k, v in config["args"].items() if k not in MAY_CHANGE_ON_RESUME and v != state["args"][k]]
+        if changed:
+            fail(f"{checkpoint_path} was made with another {', '.join(changed)}; --resume needs the same arguments")
+        for name, part in learned.items():
+            part.load_state_dict(state[name])
+        log_alpha.data.copy_(state["log_alpha"])
+        buffer.size, buffer.position = len(state["rows"]), state["position"]
+        buffer.rows[: buffer.size] = state["rows"]
+        start, episode, wall_time, evaluations = (state[k] for k in ("step", "episode", "wall_time", "evaluations"))
+        torch.set_rng_state(state["rng"].cpu())
+        if device.type == "cuda" and state["cuda_rng"]:
+            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+
+    if start >= args.total_timesteps:
+        print(f"{run_dir} has finished its {start:,} steps already")
+        return
+
+    def save_checkpoint(step: int):
+        state = {name: part.state_dict() for name, part in learned.items()}
+        state |= {"log_alpha": log_alpha.detach(), "rows": buffer.rows[: buffer.size].clone(), "position": buffer.position}
+        state |= {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations, "args": config["args"]}
+        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        write_file(checkpoint_path, lambda file: torch.save(state, file))
+
+    write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
+    writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
+    progress = tqdm(total=args.total_timesteps, initial=start, unit=" steps", disable=None, dynamic_ncols=True)
+    observation, _ = env.reset(seed=episode_seed(args.seed, TRAINING, episode))
+    episode_return, episode_length, last_checkpoint, clock = 0.0, 0, start, time.perf_counter() - wall_time
+
+    for step in range(start + 1, args.total_timesteps + 1):
+        # Act.
+        with torch.no_grad():
+            if step <= args.learning_starts:
+                action = 2 * torch.rand(action_dim) - 1
+            else:
+                action = actor.sample(torch.from_numpy(observation).to(device))[0].cpu()
+        next_observation, reward, terminated, truncated, _ = env.step(action.numpy())
+        # Neither the reward nor the end of an episode is stored: bootstrapping goes on through terminations, or the
+        # surrogate reward, which is never negative, would make a long episode good in itself.
+        buffer.add(observation, action.numpy(), next_observation)
+        observation = next_observation
+        episode_return, episode_length = episode_return + float(reward), episode_length + 1
+
+        if step > args.learning_starts:
+            # Discriminator: denoise the expert's pairs well and the policy's badly.
+            expert = expert_x[torch.randint(len(expert_x), (args.batch_size,), device=device)]
+            policy = discriminator_input(*buffer.sample(args.batch_size))
+            expert_loss, policy_loss = discriminator_loss(discriminator, expert, policy, *discriminator.draw(2 * len(expert), expert.shape[1]))
+            discriminator_objective = expert_loss + policy_loss
+            if args.grad_penalty > 0:
+                mix = torch.rand(len(expert), 1, device=device)
+                penalty = gradient_penalty(discriminator, expert, policy, mix, *discriminator.draw(*expert.shape))
+                discriminator_objective = discriminator_objective + args.grad_penalty * penalty
+            discriminator_optimizer.zero_grad()
+            discriminator_objective.backward()
+            discriminator_optimizer.step()
+
+            # Surrogate reward of a fresh batch, by the discriminator as it is now.
+            observations, actions, next_observations = buffer.sample(args.batch_size)
+            x = discriminator_input(observations, actions, next_observations)
+            rewards = surrogate_reward(discriminator, x, torch.randn(args.diffusion_steps, *x.shape, device=device), args.reward_form)
+
+            # Critic: one step on the soft Bellman error. `inputs` keeps gradients out of every other network.
+            alpha = log_alpha.detach().exp()
+            scaled_rewards = args.reward_scale * rewards
+            qf_loss = critic_loss(critic, target_critic, actor, alpha, observations, actions, next_observations, scaled_rewards, args.gamma)
+            critic_optimizer.zero_grad()
+            qf_loss.backward(inputs=list(critic.parameters()))
+            critic_optimizer.step()
+
+            # Actor: towards actions of high value and high entropy, with small mean and log_std.
+            sac_loss, log_prob, policy_mean, policy_log_std = actor_loss(actor, critic, alpha, observations)
+            policy_objective = sac_loss + args.actor_regularizer * (policy_mean.square().mean() + policy_log_std.square().mean())
+            actor_optimizer.zero_grad()
+            policy_objective.backward(inputs=list(actor.parameters()))
+            actor_optimizer.step()
+
+            # Temperature: up where the entropy is below its target, down where it is above.
+            alpha_loss = temperature_loss(log_alpha, log_prob, target_entropy)
+            alpha_optimizer.zero_grad()
+            alpha_loss.backward()
+            alpha_optimizer.step()
+
+            polyak_update(target_critic, critic, args.tau)
+
+            if step % 1_000 == 0:
+                writer.add_scalar("losses/discriminator_expert_loss", expert_loss.item(), step)
+                writer.add_scalar("losses/discriminator_policy_loss", policy_loss.item(), step)
+                if args.grad_penalty > 0:
+                    writer.add_scalar("losses/grad_penalty", penalty.item(), step)
+                writer.add_scalar("charts/surrogate_reward", rewards.mean().item(), step)
+                writer.add_scalar("losses/qf_loss", qf_loss.item(), step)
+                writer.add_scalar("losses/actor_loss", sac_loss.item(), step)
+                writer.add_scalar("losses/alpha", alpha.item(), step)
+                writer.add_scalar("losses/entropy", -log_prob.mean().item(), step)
+
+        done = terminated or truncated
+        if done:
+            writer.add_scalar("charts/episodic_return", episode_return, step)
+            writer.add_scalar("charts/episodic_length", episode_length, step)
+            episode, episode_return, episode_length = episode + 1, 0.0, 0
+            observation, _ = env.reset(seed=episode_seed(args.seed, TRAINING, episode))
+        progress.update()
+
+        if step % args.eval_every == 0:
+            seeds = [episode_seed(args.seed, EVALUATION, step, i) for i in range(args.eval_episodes)]
+            evaluations.append([step, *evaluate(actor, eval_env, seeds)])
+            write_evaluations(run_dir / "evaluations.csv", evaluations)
+            mean_return, std_return = evaluations[-1][1:3]
+            percent = 100 * mean_return / demos.expert_return
+            writer.add_scalar("eval/return", mean_return, step)
+            writer.add_scalar("eval/percent_of_expert", percent, step)
+            writer.add_scalar("charts/SPS", step / (time.perf_counter() - clock), step)
+            progress.write(f"{step:>9,} steps: return {mean_return:8.1f} ± {std_return:.1f} ({percent:.1f} % of the expert's {demos.expert_return:.0f})")
+            progress.set_postfix_str(f"return {mean_return:.0f}, {percent:.1f} % of the expert")
+        if done and step - last_checkpoint >= args.checkpoint_every:
+            save_checkpoint(step)
+            last_checkpoint = step
+
+    # The end: policy, checkpoint, summary.
+    progress.close()
+    writer.close()
+    save_checkpoint(step)
+    policy = {"actor": actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}
+    policy |= {"observation_mean": torch.from_numpy(mean), "observation_std": torch.from_numpy(std)}
+    write_file(run_dir / "policy.pt", lambda file: torch.save(policy, file))
+    config |= {"finished_at_step": step, "wall_time_seconds": round(time.perf_counter() - clock, 1), "expert_return": demos.expert_return}
+    write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
+    print(f"{run_dir}: {step:,} steps in {config['wall_time_seconds'] / 60:.1f} minutes")
+    if evaluations:
+        best, final = max(row[1] for row in evaluations), np.mean([row[1] for row in evaluations[-5:]])
+        shares = (f"{100 * value / demos.expert_return:.1f} %" for value in (best, final))
+        print("return: best {:.1f} ({} of the expert), final (mean of the last five evaluations) {:.1f} ({})".format(best, next(shares), final, next(shares)))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
