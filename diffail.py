@@ -1,17 +1,17 @@
 """DiffAIL: adversarial imitation learning whose discriminator is a diffusion model, in one file.
 
-Wang et al., "DiffAIL: Diffusion Adversarial Imitation Learning", AAAI 2024, arXiv 2312.06348. With x = [s, a], or the pair
-of states [s, s'] under --state-only, in the order in which the paper has it:
+Wang et al., "DiffAIL: Diffusion Adversarial Imitation Learning", AAAI 2024, arXiv 2312.06348. For x = [s, a], or the pair of
+states x = [s, s'] with --state-only, of dimension d:
 
-    x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps                      forward diffusion             DiffusionDiscriminator.noised
-    L(x, eps, t) = mean over d of (eps - eps_phi(x_t, t))^2          diffusion loss                DiffusionDiscriminator.diffusion_loss
-    D(x, eps, t) = exp(-L(x, eps, t))                                discriminator                 DiffusionDiscriminator.forward
-    min_phi  -E_expert[log D] - E_policy[log(1 - D)]                 adversarial objective         discriminator_loss
-             + lambda E[(||grad_x D(x)||_2 - 1)^2]                   gradient penalty              gradient_penalty
-    R(x) = -log(1 - exp(-mean over t of L(x, eps_t, t)))             surrogate reward              surrogate_reward
-    max_pi  E[sum of gamma^k (R - alpha log pi)]                     SAC, arXiv 1812.05905         critic_loss, actor_loss, temperature_loss
+    x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps                     forward diffusion       DiffusionDiscriminator.noised
+    L(x, eps, t) = mean over d of (eps - eps_phi(x_t, t))^2         diffusion loss          DiffusionDiscriminator.diffusion_loss
+    D(x, eps, t) = exp(-L(x, eps, t))                               discriminator           DiffusionDiscriminator.forward
+    min_phi  -E_expert[log D] - E_policy[log(1 - D)]                objective               discriminator_loss
+             + lambda E[(||grad_x D(x)||_2 - 1)^2]                  gradient penalty        gradient_penalty
+    R(x) = -log(1 - exp(-mean over t of L(x, eps_t, t)))            surrogate reward        surrogate_reward
+    max_pi   E[sum over k of gamma^k (R - alpha log pi)]            SAC (arXiv 1812.05905)  critic_loss, actor_loss, temperature_loss
 
-The true reward is never seen: it is not stored, and only evaluations print it.
+The true reward is never learned from: it is not even stored. Evaluations print it.
 
     python diffail.py --env-id HalfCheetah-v4 --state-only
 """
@@ -28,6 +28,7 @@ The true reward is never seen: it is not stored, and only evaluations print it.
 # ]
 # ///
 import copy
+import itertools
 import json
 import math
 import os
@@ -53,75 +54,47 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "HalfCheetah-v4"
-    """Gymnasium environment; observations and actions must be Box spaces"""
-    state_only: bool = False
-    """imitate pairs of states [s, s'] instead of state-action pairs [s, a]"""
-    demos: Path | None = None
-    """demonstrations (.npz); by default demos/ENV_ID.npz beside this script"""
-    num_trajectories: int = 1
-    """how many of the demonstrated episodes to learn from, the first ones of the file"""
-    seed: int = 1
-    """seed of everything random: networks, exploration, minibatches, noise, environment"""
+    # What to imitate
+    env_id: str = "HalfCheetah-v4"  # Gymnasium environment with Box observations and Box actions
+    state_only: bool = False  # imitate pairs of states [s, s'] instead of pairs [s, a]
+    demos: Path | None = None  # demonstrations (.npz); None: demos/ENV_ID.npz beside this script
+    num_trajectories: int = 1  # demonstrated episodes to learn from, the first ones of the file
+    seed: int = 1  # of everything random: networks, exploration, minibatches, noise, environment
 
-    # None stands for the paper's value for the environment, see ENVIRONMENT_DEFAULTS.
-    total_timesteps: int | None = None
-    """environment steps"""
-    hidden_dim: int | None = None
-    """units in each of the three hidden layers of the noise predictor"""
-    grad_penalty: float | None = None
-    """weight lambda of the discriminator's gradient penalty"""
-    normalize_observations: bool | None = None
-    """scale observations by the mean and standard deviation of the demonstrations in use"""
+    # Where None stands, the paper's value for the environment, see ENVIRONMENT_DEFAULTS
+    total_timesteps: int | None = None  # environment steps
+    hidden_dim: int | None = None  # units in each of the three hidden layers of the noise predictor
+    grad_penalty: float | None = None  # weight lambda of the gradient penalty
+    normalize_observations: bool | None = None  # by the mean and standard deviation of the demonstrations in use
 
-    diffusion_steps: int = 10
-    """number of diffusion steps T"""
-    noise_schedule: Literal["linear", "cosine", "vp"] = "linear"
-    """variance schedule beta_1 ... beta_T"""
-    reward_form: Literal["paper", "released"] = "paper"
-    """average over t the loss, as in the paper, or exp(-squared error) over t and dimensions, as in the authors' code"""
-    reward_scale: float = 2.0
-    """factor on the surrogate reward"""
-    discriminator_lr: float = 3e-5
-    """Adam learning rate of the discriminator"""
+    # Discriminator and surrogate reward
+    diffusion_steps: int = 10  # T
+    noise_schedule: Literal["linear", "cosine", "vp"] = "linear"  # of the variances beta_1 ... beta_T
+    reward_form: Literal["paper", "released"] = "paper"  # average L over t, or exp(-squared error) as in the authors' code
+    reward_scale: float = 2.0  # factor on the surrogate reward
+    discriminator_lr: float = 3e-5  # Adam learning rate of the discriminator
 
-    learning_starts: int = 5_000
-    """steps with uniformly random actions before the first update"""
-    batch_size: int = 256
-    """samples per update, of the expert and of the policy"""
-    buffer_size: int = 1_000_000
-    """transitions the replay buffer holds"""
-    sac_hidden_dim: int = 256
-    """units in each of the two hidden layers of actor and critics"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.005
-    """step of the target critics towards the critics"""
-    actor_lr: float = 3e-4
-    """Adam learning rate of the actor and of the temperature"""
-    critic_lr: float = 3e-4
-    """Adam learning rate of the critics"""
-    sac_beta1: float = 0.25
-    """first moment decay of Adam for actor, critics and temperature: the reward moves, so little momentum"""
-    initial_temperature: float = 0.2
-    """initial alpha"""
-    actor_regularizer: float = 1e-3
-    """weight of mean^2 + log_std^2 of the policy in the actor's loss"""
+    # SAC
+    learning_starts: int = 5_000  # uniformly random steps before the first update
+    batch_size: int = 256  # samples per update, of the expert and of the policy
+    buffer_size: int = 1_000_000  # transitions in the replay buffer
+    sac_hidden_dim: int = 256  # units in each of the two hidden layers of actor and critics
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # step of the target critics towards the critics
+    actor_lr: float = 3e-4  # Adam learning rate of the actor and of the temperature
+    critic_lr: float = 3e-4  # Adam learning rate of the critics
+    sac_beta1: float = 0.25  # Adam's beta_1 for actor, critics and temperature: the reward moves, so little momentum
+    initial_temperature: float = 0.2  # initial alpha
+    actor_regularizer: float = 1e-3  # weight of mean^2 + log_std^2 in the actor's loss
 
-    eval_every: int = 10_000
-    """steps between evaluations"""
-    eval_episodes: int = 10
-    """episodes of the deterministic policy per evaluation"""
-    checkpoint_every: int = 25_000
-    """write a checkpoint at the first episode end after this many steps"""
-    resume: bool = False
-    """continue from the run's last checkpoint"""
-    output_dir: Path = Path("runs")
-    """folder of the run directories"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks live; auto takes CUDA where there is one"""
-    threads: int = 1
-    """CPU threads of PyTorch; several runs side by side finish more steps than one run with several threads"""
+    # The run
+    eval_every: int = 10_000  # steps between evaluations
+    eval_episodes: int = 10  # episodes of the deterministic policy per evaluation
+    checkpoint_every: int = 25_000  # a checkpoint at the first episode end after this many steps
+    resume: bool = False  # go on from the run's last checkpoint
+    output_dir: Path = Path("runs")  # folder of the run directories
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
+    threads: int = 1  # of PyTorch on the CPU; several runs side by side finish more steps than one with several threads
 
 
 # The released hyperparameters, by body; any other environment gets HalfCheetah's.
@@ -132,7 +105,7 @@ ENVIRONMENT_DEFAULTS = {
     "Ant": dict(total_timesteps=500_000, grad_penalty=0.1, hidden_dim=128, normalize_observations=False),
 }
 
-# ---------------------------------------------------------------------------------------------------------- files, input
+# ------------------------------------------------------------------------------------------ files, input, environment
 
 
 def fail(message: str) -> NoReturn:
@@ -159,18 +132,15 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]):
 
 
 def describe_run(args: "Args", device: torch.device) -> dict:
-    """All that a later reader needs to tell what made a result: arguments, command, versions, commit, machine."""
+    """What a later reader needs to tell what made a result: arguments, command, commit, machine, versions."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     return {
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()},
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, gym, mujoco, np)},
     }
-
-
-# ----------------------------------------------------------------------------------------------------------- environment
 
 
 def make_env(env_id: str, observation_mean: np.ndarray | float = 0.0, observation_std: np.ndarray | float = 1.0) -> gym.Env:
@@ -197,110 +167,61 @@ def episode_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-# -------------------------------------------------------------------------------------------------------- demonstrations
+# ---------------------------------------------------------------------------------------------------- demonstrations
 
 
 @dataclass
 class Demonstrations:
-    """The transitions of the first episodes of a file: float32 arrays [N, dim], actions in the environment's units."""
+    """Transitions of the first episodes of a file, float32 [N, dim], actions in the environment's units."""
 
     observations: np.ndarray
     actions: np.ndarray
     next_observations: np.ndarray
-    expert_return: float  # mean return over all episodes of the file
+    expert_return: float  # mean over all episodes of the file
 
 
 def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym.Env) -> Demonstrations:
-    """Read the first `num_trajectories` episodes of a .npz file made by sac_baseline.py.
+    """Read the first `num_trajectories` episodes of an .npz file written by sac_baseline.py.
 
     Exits with code 2 where the file is missing, broken, not finite, of another environment, or holds too few episodes."""
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.npz"))) or "none"
-        fail(f"no demonstrations at {path} (there: {known}); make them: python sac_baseline.py --env-id {env_id} --save-demos {path}")
-    vectors, scalars = ("observations", "actions", "next_observations"), ("rewards", "terminations", "truncations")
+        make = f"python sac_baseline.py --env-id {env_id} --save-demos {path}"
+        fail(f"no demonstrations at {path} (there are: {known}); to make them: {make}")
+    n, box, bounds = -1, env.observation_space.shape, env.unwrapped.action_space
     try:
         with np.load(path, allow_pickle=False) as file:
-            data = {name: file[name] for name in (*vectors, *scalars)}
-            metadata = json.loads(file["metadata"].item())
+            n = file["rewards"].size
+            expected = {"observations": (n, *box), "actions": (n, *bounds.shape), "next_observations": (n, *box)}
+            expected |= {"rewards": (n,), "terminations": (n,), "truncations": (n,)}
+            data, metadata = {name: file[name] for name in expected}, json.loads(file["metadata"].item())
             recorded_env_id, expert_return = str(metadata["env_id"]), float(np.mean(metadata["returns"]))
     except Exception as error:  # what a damaged archive raises is open-ended
-        fail(f"{path} is not a whole demonstration file: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-
+        fail(f"{path} is not a whole demonstration file: {type(error).__name__} {str(error).splitlines()[:1]}")
     if recorded_env_id != env_id:
         fail(f"{path} was recorded in {recorded_env_id}, not in {env_id}")
-    n = len(data["rewards"]) if data["rewards"].ndim else 0
-    observation_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    for name, array in data.items():
-        shape = (n,) if name in scalars else (n, action_dim if name == "actions" else observation_dim)
-        if array.shape != shape or n == 0:
-            fail(f"{path}: {name} has shape {array.shape}, {env_id} and the number of rewards ask for {shape}")
-        if array.dtype != (bool if name in scalars[1:] else np.float32):
-            fail(f"{path}: {name} has type {array.dtype}, not {'bool' if name in scalars[1:] else 'float32'}")
-        if not np.isfinite(array).all():
+    for name, shape in expected.items():
+        dtype = np.dtype(bool if name in ("terminations", "truncations") else np.float32)
+        if n == 0 or data[name].shape != shape or data[name].dtype != dtype:
+            fail(f"{path}: {name} is {data[name].dtype} {data[name].shape}; {env_id} asks for {dtype} {shape}, and at least one transition")
+        if not np.isfinite(data[name]).all():
             fail(f"{path}: {name} has values that are not finite")
-    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
-    if (data["actions"] < low - 1e-5).any() or (data["actions"] > high + 1e-5).any():
+    if (data["actions"] < bounds.low - 1e-5).any() or (data["actions"] > bounds.high + 1e-5).any():
         fail(f"{path}: some actions are outside the bounds of {env_id}")
     ends = np.flatnonzero(data["terminations"] | data["truncations"]) + 1
     if num_trajectories > len(ends):
         fail(f"{path} holds {len(ends)} episodes, --num-trajectories asks for {num_trajectories}")
-    return Demonstrations(*(data[name][: ends[num_trajectories - 1]] for name in vectors), expert_return)
+    used = slice(ends[num_trajectories - 1])
+    return Demonstrations(data["observations"][used], data["actions"][used], data["next_observations"][used], expert_return)
 
 
-# -------------------------------------------------------------------------------------------------------------- networks
-
-
-def mlp(*dims: int) -> nn.Sequential:
-    """Linear layers of the given widths with ReLU between them."""
-    layers = [layer for i, o in zip(dims, dims[1:]) for layer in (nn.Linear(i, o), nn.ReLU(inplace=True))]
-    return nn.Sequential(*layers[:-1])
-
-
-class Actor(nn.Module):
-    """Tanh-Gaussian policy pi(a|s): a = tanh(u), u ~ N(mu(s), sigma(s)), actions in (-1, 1)."""
-
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
-        super().__init__()
-        self.net = mlp(observation_dim, hidden_dim, hidden_dim, 2 * action_dim)
-
-    def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """Observations [B, obs] to mean and log standard deviation of u, [B, act] each."""
-        mean, log_std = self.net(observations).chunk(2, dim=-1)
-        return mean, log_std.clamp(-20, 2)
-
-    def sample(self, observations: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Reparameterised actions [B, act], their log pi(a|s) [B], and the mean and log_std of u (SAC, appendix C).
-
-        log(1 - tanh(u)^2) is written 2 (log 2 - u - softplus(-2u)), which stays exact where tanh saturates."""
-        mean, log_std = self(observations)
-        noise = torch.randn_like(mean)
-        u = mean + log_std.exp() * noise
-        log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))
-        return u.tanh(), (log_normal - log_det).sum(-1), mean, log_std
-
-
-class TwinCritic(nn.Module):
-    """Two independent action values Q1(s, a), Q2(s, a)."""
-
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
-        super().__init__()
-        self.q1 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
-        self.q2 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
-
-    def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Observations [B, obs] and actions [B, act] to two tensors [B]."""
-        x = torch.cat([observations, actions], dim=-1)
-        return self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)
-
-
-# --------------------------------------------------------------------------------------------------------- discriminator
+# ------------------------------------------------------------------------------------------------------ discriminator
 
 
 def noise_schedule(name: str, steps: int) -> Tensor:
-    """Variances beta_1 ... beta_T of the forward diffusion, [steps], float64.
+    """Variances beta_1 ... beta_T of the forward diffusion, float64 [steps].
 
-    linear: Ho et al. 2020; cosine: Nichol & Dhariwal 2021, eq. 17; vp: Xiao et al. 2022, the discretised SDE of Song et al. 2021."""
+    linear: Ho et al. 2020; cosine: Nichol & Dhariwal 2021, eq. 17; vp: Song et al. 2021, discretised as in Xiao et al. 2022."""
     if name == "linear":
         return torch.linspace(1e-4, 2e-2, steps, dtype=torch.float64)
     t = torch.arange(steps + 1, dtype=torch.float64)
@@ -312,16 +233,16 @@ def noise_schedule(name: str, steps: int) -> Tensor:
 
 
 def time_embedding(steps: int, dim: int) -> Tensor:
-    """Sinusoidal embedding of t = 0 ... steps - 1, [steps, dim] (Vaswani et al. 2017): dim / 2 sines, then as many cosines."""
+    """Sinusoidal embedding of t = 0 ... steps - 1, [steps, dim]: dim / 2 sines, then as many cosines (Vaswani et al. 2017)."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2) / (dim // 2 - 1))
     angles = torch.arange(steps)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class Mish(torch.autograd.Function):
-    """mish(x) = x tanh(log(1 + e^x)) (Misra 2019) and its derivative, both differentiable: the gradient penalty needs mish''.
+    """mish(x) = x tanh(log(1 + e^x)) (Misra 2019) and its slope, both differentiable: the gradient penalty needs mish''.
 
-    With s = sigmoid(x), c = 1 - s and v = 1 / (1 + c^2), the factor w of x is s (2 - s) v and w' is 4 s c^2 v^2."""
+    With s = sigmoid(x), c = 1 - s and v = 1 / (1 + c^2), the factor w = tanh(...) is s (2 - s) v, and w' is 4 s c^2 v^2."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -345,8 +266,7 @@ class Mish(torch.autograd.Function):
 def mish(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """mish(x) and its slope mish'(x); where no gradient is wanted, mish(x) in the memory of x, and no slope.
 
-    F.mish and autograd's own double backward do the same in half as much time again for a step of the discriminator, and F.mish
-    in twice the time for the surrogate reward."""
+    F.mish and autograd would do, at 1.3 times the discriminator's time and twice the surrogate reward's."""
     if torch.is_grad_enabled():
         return Mish.apply(x)
     s = x.sigmoid()
@@ -361,7 +281,7 @@ class NoisePredictor(nn.Module):
         super().__init__()
         self.register_buffer("time_embedding", time_embedding(diffusion_steps, 16))
         self.time_in, self.time_out = nn.Linear(16, 32), nn.Linear(32, 16)
-        self.hidden = nn.ModuleList([nn.Linear(dim + 16, hidden_dim), nn.Linear(hidden_dim, hidden_dim), nn.Linear(hidden_dim, hidden_dim)])
+        self.hidden = nn.ModuleList(nn.Linear(width, hidden_dim) for width in (dim + 16, hidden_dim, hidden_dim))
         self.out = nn.Linear(hidden_dim, dim)
 
     def forward(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, list]:
@@ -375,7 +295,9 @@ class NoisePredictor(nn.Module):
 
 
 class DiffusionDiscriminator(nn.Module):
-    """D(x, eps, t) = exp(-L(x, eps, t)): the better the diffusion model denoises x, the more x looks like the expert's."""
+    """D(x, eps, t) = exp(-L(x, eps, t)): the better the diffusion model denoises x, the more x looks like the expert's.
+
+    Everywhere below x is [B, d], noise [B, d] and t [B], whole numbers from 0 to T - 1."""
 
     def __init__(self, dim: int, hidden_dim: int, diffusion_steps: int, schedule: str):
         super().__init__()
@@ -383,10 +305,9 @@ class DiffusionDiscriminator(nn.Module):
         self.register_buffer("sqrt_alpha_bar", alpha_bar.sqrt().float()[:, None])
         self.register_buffer("sqrt_one_minus_alpha_bar", (1 - alpha_bar).sqrt().float()[:, None])
         self.noise_predictor = NoisePredictor(dim, hidden_dim, diffusion_steps)
-        self.diffusion_steps = diffusion_steps
 
     def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t for x [B, d], noise [B, d] and t [B] in 0 ... T - 1."""
+        """x_t, [B, d]."""
         return self.sqrt_alpha_bar[t] * x + self.sqrt_one_minus_alpha_bar[t] * noise
 
     def denoising_error(self, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, list]:
@@ -395,7 +316,7 @@ class DiffusionDiscriminator(nn.Module):
         return prediction - noise, slopes
 
     def diffusion_loss(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """L(x, eps, t), [B]. The paper prints a squared norm; the authors' code and its results have the mean over d."""
+        """L(x, eps, t), [B]. The paper prints a squared norm; the authors' code, and so its results, take the mean over d."""
         return self.denoising_error(x, noise, t)[0].square().mean(-1)
 
     def forward(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -403,64 +324,106 @@ class DiffusionDiscriminator(nn.Module):
         return torch.exp(-self.diffusion_loss(x, noise, t))
 
     def gradient(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Gradient of D(x, eps, t) with respect to x, [B, d], by the chain rule from the last layer to the first."""
+        """Gradient of D(x, eps, t) with respect to x, [B, d]: the chain rule from the last layer to the first."""
         error, slopes = self.denoising_error(x, noise, t)
         grad = error @ self.noise_predictor.out.weight
         for layer, slope in zip(reversed(self.noise_predictor.hidden), reversed(slopes)):
             grad = (grad * slope) @ layer.weight
-        d_loss = 2 / x.shape[1] * self.sqrt_alpha_bar[t] * grad[:, : x.shape[1]]
-        return -torch.exp(-error.square().mean(-1, keepdim=True)) * d_loss
+        loss_grad = 2 / x.shape[1] * self.sqrt_alpha_bar[t] * grad[:, : x.shape[1]]
+        return -torch.exp(-error.square().mean(-1, keepdim=True)) * loss_grad
 
-    def draw(self, *shape: int) -> tuple[Tensor, Tensor]:
-        """Standard normal noise of the given shape [B, d] and uniform steps t [B]."""
-        device = self.sqrt_alpha_bar.device
-        return torch.randn(shape, device=device), torch.randint(self.diffusion_steps, shape[:1], device=device)
+    def draw(self, batch_size: int, dim: int) -> tuple[Tensor, Tensor]:
+        """Standard normal noise [batch_size, dim] and uniform t [batch_size]."""
+        device, steps = self.sqrt_alpha_bar.device, len(self.sqrt_alpha_bar)
+        return torch.randn(batch_size, dim, device=device), torch.randint(steps, (batch_size,), device=device)
 
 
 def log_one_minus_exp(loss: Tensor) -> Tensor:
-    """log(1 - exp(-L)) for L >= 0, finite (at least -69) and with finite gradients: 1 - exp would lose all digits near L = 0."""
+    """log(1 - exp(-L)) for L >= 0; at least -69, and with finite gradients. 1 - exp(-L) would lose all its digits near L = 0."""
     return torch.log(-torch.expm1(-loss.clamp(min=1e-30)))
 
 
 def discriminator_loss(
     discriminator: DiffusionDiscriminator, expert: Tensor, policy: Tensor, noise: Tensor, t: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """-E_expert[log D] = E[L], and -E_policy[log(1 - D)], for expert [B, d], policy [B, d], noise [2B, d] and t [2B]."""
-    loss = discriminator.diffusion_loss(torch.cat([expert, policy]), noise, t)
-    expert_loss, policy_loss = loss.split(len(expert))
+    """-E_expert[log D], which is E[L], and -E_policy[log(1 - D)], for expert and policy [B, d], noise [2B, d] and t [2B]."""
+    expert_loss, policy_loss = discriminator.diffusion_loss(torch.cat([expert, policy]), noise, t).chunk(2)
     return expert_loss.mean(), -log_one_minus_exp(policy_loss).mean()
 
 
 def gradient_penalty(
     discriminator: DiffusionDiscriminator, expert: Tensor, policy: Tensor, mix: Tensor, noise: Tensor, t: Tensor
 ) -> Tensor:
-    """E[(||grad D||_2 - 1)^2] where mix [B, 1] puts x between expert and policy (Gulrajani et al. 2017, eq. 3)."""
-    grad = discriminator.gradient(mix * expert + (1 - mix) * policy, noise, t)
-    return (grad.norm(dim=-1) - 1).square().mean()
+    """E[(||grad D||_2 - 1)^2] where mix [B, 1] in [0, 1] puts x between policy and expert (Gulrajani et al. 2017, eq. 3)."""
+    return (discriminator.gradient(mix * expert + (1 - mix) * policy, noise, t).norm(dim=-1) - 1).square().mean()
 
 
 @torch.no_grad()
 def surrogate_reward(discriminator: DiffusionDiscriminator, x: Tensor, noise: Tensor, form: str) -> Tensor:
-    """R(x) = -log(1 - D), [B], for x [B, d] and noise [T, B, d], one draw for each diffusion step; all T in one batch."""
+    """R(x) = -log(1 - D), [B], for x [B, d] and noise [T, B, d]: each of the T steps with its own noise, all in one batch."""
     steps, batch_size, dim = noise.shape
     t = torch.arange(steps, device=x.device).repeat_interleave(batch_size)
     error, _ = discriminator.denoising_error(x.repeat(steps, 1), noise.view(-1, dim), t)
     squared_error = error.square().view(steps, batch_size, dim)
-    if form == "paper":  # D = exp(-mean of L)
-        loss = squared_error.mean(dim=(0, 2))
-    else:  # D = mean of exp(-squared error)
-        loss = -torch.log(torch.exp(-squared_error).mean(dim=(0, 2)))
+    if form == "paper":
+        loss = squared_error.mean(dim=(0, 2))  # D = exp(-mean over t of L)
+    else:
+        loss = -torch.log(torch.exp(-squared_error).mean(dim=(0, 2)))  # D = mean over t and d of exp(-squared error)
     return -log_one_minus_exp(loss)
 
 
-# ------------------------------------------------------------------------------------------------------------------- SAC
+# --------------------------------------------------------------------------------------------------------------- SAC
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers between the given widths, with ReLU between the layers."""
+    layers = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.ReLU(inplace=True))]
+    return nn.Sequential(*layers[:-1])
+
+
+class Actor(nn.Module):
+    """Tanh-Gaussian policy pi(a|s): a = tanh(u), u ~ N(mean(s), std(s))."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
+        super().__init__()
+        self.net = mlp(observation_dim, hidden_dim, hidden_dim, 2 * action_dim)
+
+    def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Observations [B, obs] to the mean and the log standard deviation of u, [B, act] each."""
+        mean, log_std = self.net(observations).chunk(2, dim=-1)
+        return mean, log_std.clamp(-20, 2)
+
+    def sample(self, observations: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Reparameterised actions [B, act] in [-1, 1], log pi(a|s) [B], mean and log_std of u (SAC, appendix C).
+
+        log(1 - tanh(u)^2) is written 2 (log 2 - u - softplus(-2u)), which stays exact where tanh saturates."""
+        mean, log_std = self(observations)
+        noise = torch.randn_like(mean)
+        u = mean + log_std.exp() * noise
+        log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))
+        return u.tanh(), (log_normal - log_det).sum(-1), mean, log_std
+
+
+class TwinCritic(nn.Module):
+    """Two independent action values Q1(s, a) and Q2(s, a)."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
+        super().__init__()
+        self.q1 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
+        self.q2 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
+
+    def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Observations [B, obs] and actions [B, act] to two values, [B] each."""
+        x = torch.cat([observations, actions], dim=-1)
+        return self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)
 
 
 def critic_loss(
     critic: TwinCritic, target_critic: TwinCritic, actor: Actor, alpha: Tensor,
     observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float,
-) -> Tensor:
-    """Soft Bellman error of both critics (SAC, eq. 5). rewards [B]; discount [B] or a number, 0 where nothing follows."""
+) -> Tensor:  # fmt: skip
+    """Soft Bellman error of both critics (SAC, eq. 5), for rewards [B] and discount [B], 0 where the task ends, or a number."""
     with torch.no_grad():
         next_actions, next_log_prob, _, _ = actor.sample(next_observations)
         next_value = torch.min(*target_critic(next_observations, next_actions)) - alpha * next_log_prob
@@ -470,22 +433,21 @@ def critic_loss(
 
 
 def actor_loss(actor: Actor, critic: TwinCritic, alpha: Tensor, observations: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Policy objective (SAC, eq. 9), and the log pi(a|s) [B], mean and log_std [B, act] it was computed from."""
+    """Policy objective (SAC, eq. 9), and what it was computed from: log pi(a|s) [B], mean and log_std of u [B, act]."""
     actions, log_prob, mean, log_std = actor.sample(observations)
-    q = torch.min(*critic(observations, actions))
-    return (alpha * log_prob - q).mean(), log_prob, mean, log_std
+    return (alpha * log_prob - torch.min(*critic(observations, actions))).mean(), log_prob, mean, log_std
 
 
 def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
-    """Temperature objective (SAC, eq. 18), with log alpha for alpha in front: the same sign, and a better scale."""
+    """Temperature objective (SAC, eq. 18) with log alpha in front for alpha, as is usual: the same sign, a better scale."""
     return -log_alpha * (log_prob.detach().mean() + target_entropy)
 
 
+@torch.no_grad()
 def polyak_update(target: nn.Module, source: nn.Module, tau: float):
     """target <- (1 - tau) target + tau source, parameter by parameter."""
-    with torch.no_grad():
-        for target_parameter, parameter in zip(target.parameters(), source.parameters()):
-            target_parameter.lerp_(parameter, tau)
+    for target_parameter, parameter in zip(target.parameters(), source.parameters()):
+        target_parameter.lerp_(parameter, tau)
 
 
 class ReplayBuffer:
@@ -496,21 +458,21 @@ class ReplayBuffer:
         self.widths, self.position, self.size = widths, 0, 0
 
     def add(self, *parts: np.ndarray):
-        """Store one transition, given as one vector for each of the widths."""
+        """Store one transition: one vector for each of the widths."""
         self.rows[self.position] = torch.from_numpy(np.concatenate(parts, dtype=np.float32, casting="same_kind"))
         self.position = (self.position + 1) % len(self.rows)
-        self.size = max(self.size, self.position) if self.size < len(self.rows) else self.size
+        self.size = min(self.size + 1, len(self.rows))
 
     def sample(self, batch_size: int) -> tuple[Tensor, ...]:
         """Uniform transitions with replacement: one tensor [batch_size, width] for each of the widths."""
         return self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)].split(self.widths, dim=1)
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluation
+# -------------------------------------------------------------------------------------------------------- evaluation
 
 
 def play_episode(actor: Actor, env: gym.Env, seed: int) -> dict[str, np.ndarray]:
-    """One episode of the deterministic policy tanh(mu), as arrays in Minari's terms; actions in the environment's units."""
+    """One episode of the deterministic policy tanh(mean), as arrays in Minari's terms; actions in the environment's units."""
     device = next(actor.parameters()).device
     steps, done = [], False
     observation, _ = env.reset(seed=seed)
@@ -544,7 +506,7 @@ MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "demos", "total_timesteps", "dev
 
 def main(args: Args):
     # Set-up: everything is checked before anything is written.
-    body = args.env_id.rsplit("/")[-1].split("-v")[0]
+    body = args.env_id.split("/")[-1].split("-v")[0]
     for name, value in ENVIRONMENT_DEFAULTS.get(body, ENVIRONMENT_DEFAULTS["HalfCheetah"]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -555,14 +517,13 @@ def main(args: Args):
     if args.learning_starts >= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} leaves nothing to learn in --total-timesteps {args.total_timesteps}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
-    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
+        fail("--device cuda: PyTorch sees no CUDA device; use --device cpu")
+    device = torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda")
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # dead units leave denormal moments in Adam; arithmetic on those is 30 times slower
     torch.manual_seed(args.seed)
     env = make_env(args.env_id)
     (observation_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
-
     demos_path = args.demos or Path(__file__).parent / "demos" / f"{args.env_id}.npz"
     demos = load_demonstrations(demos_path, args.env_id, args.num_trajectories, env)
     mean, std = np.zeros(observation_dim, np.float32), np.ones(observation_dim, np.float32)
@@ -585,7 +546,7 @@ def main(args: Args):
     low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
     expert_actions = 2 * (demos.actions - low) / (high - low) - 1
     expert_arrays = (demos.observations - mean) / std, expert_actions, (demos.next_observations - mean) / std
-    expert_x = discriminator_input(*(torch.from_numpy(a).to(device) for a in expert_arrays))
+    expert_x = discriminator_input(*(torch.from_numpy(array).to(device) for array in expert_arrays))
 
     discriminator = DiffusionDiscriminator(expert_x.shape[1], args.hidden_dim, args.diffusion_steps, args.noise_schedule).to(device)
     actor = Actor(observation_dim, action_dim, args.sac_hidden_dim).to(device)
@@ -609,30 +570,31 @@ def main(args: Args):
     if args.resume and checkpoint_path.exists():
         try:
             state = torch.load(checkpoint_path, map_location=device, weights_only=True)
-        except Exception:
-            fail(f"{checkpoint_path} is not a whole checkpoint of this script; the file is left as it is")
-        changed = [k for k, v in config["args"].items() if k not in MAY_CHANGE_ON_RESUME and v != state["args"][k]]
+            changed = [name for name, value in config["args"].items() if name not in MAY_CHANGE_ON_RESUME and value != state["args"][name]]
+        except Exception:  # what a damaged archive raises is open-ended
+            fail(f"{checkpoint_path} is not a whole checkpoint of this script; it is left as it is")
         if changed:
             fail(f"{checkpoint_path} was made with another {', '.join(changed)}; --resume needs the same arguments")
         for name, part in learned.items():
             part.load_state_dict(state[name])
         log_alpha.data.copy_(state["log_alpha"])
-        buffer.size, buffer.position = len(state["rows"]), state["position"]
+        buffer.position, buffer.size = state["position"], len(state["rows"])
         buffer.rows[: buffer.size] = state["rows"]
-        start, episode, wall_time, evaluations = (state[k] for k in ("step", "episode", "wall_time", "evaluations"))
+        start, episode, wall_time, evaluations = (state[name] for name in ("step", "episode", "wall_time", "evaluations"))
         torch.set_rng_state(state["rng"].cpu())
-        if device.type == "cuda" and state["cuda_rng"]:
-            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
-
-    if start >= args.total_timesteps:
-        print(f"{run_dir} has finished its {start:,} steps already")
-        return
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["device_rng"].cpu())
+        if start >= args.total_timesteps:
+            print(f"{run_dir} has finished its {start:,} steps already")
+            return
+        config["resumed_at_step"] = start
 
     def save_checkpoint(step: int):
-        state = {name: part.state_dict() for name, part in learned.items()}
-        state |= {"log_alpha": log_alpha.detach(), "rows": buffer.rows[: buffer.size].clone(), "position": buffer.position}
-        state |= {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations, "args": config["args"]}
-        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        # Only where an episode ends: then neither the simulator nor its random stream is part of the state.
+        state = {name: part.state_dict() for name, part in learned.items()} | {"log_alpha": log_alpha.detach()}
+        state |= {"rows": buffer.rows[: buffer.size].clone(), "position": buffer.position, "rng": torch.get_rng_state()}
+        state |= {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations}
+        state |= {"args": config["args"], "device_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
         write_file(checkpoint_path, lambda file: torch.save(state, file))
 
     write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
@@ -645,70 +607,64 @@ def main(args: Args):
         # Act.
         with torch.no_grad():
             if step <= args.learning_starts:
-                action = 2 * torch.rand(action_dim) - 1
+                action = (2 * torch.rand(action_dim) - 1).numpy()
             else:
-                action = actor.sample(torch.from_numpy(observation).to(device))[0].cpu()
-        next_observation, reward, terminated, truncated, _ = env.step(action.numpy())
-        # Neither the reward nor the end of an episode is stored: bootstrapping goes on through terminations, or the
-        # surrogate reward, which is never negative, would make a long episode good in itself.
-        buffer.add(observation, action.numpy(), next_observation)
+                action = actor.sample(torch.from_numpy(observation).to(device))[0].cpu().numpy()
+        next_observation, reward, terminated, truncated, _ = env.step(action)
+        # Neither the reward nor the end of an episode is stored: values are bootstrapped through terminations, or else the
+        # surrogate reward, which is never negative, would make staying alive good in itself.
+        buffer.add(observation, action, next_observation)
         observation = next_observation
-        episode_return, episode_length = episode_return + float(reward), episode_length + 1
 
         if step > args.learning_starts:
-            # Discriminator: denoise the expert's pairs well and the policy's badly.
+            # Discriminator: denoise the expert's samples well, and the policy's badly.
             expert = expert_x[torch.randint(len(expert_x), (args.batch_size,), device=device)]
             policy = discriminator_input(*buffer.sample(args.batch_size))
-            expert_loss, policy_loss = discriminator_loss(discriminator, expert, policy, *discriminator.draw(2 * len(expert), expert.shape[1]))
-            discriminator_objective = expert_loss + policy_loss
+            noise, t = discriminator.draw(2 * args.batch_size, expert.shape[1])
+            expert_loss, policy_loss = discriminator_loss(discriminator, expert, policy, noise, t)
+            penalty = torch.zeros((), device=device)
             if args.grad_penalty > 0:
-                mix = torch.rand(len(expert), 1, device=device)
+                mix = torch.rand(args.batch_size, 1, device=device)
                 penalty = gradient_penalty(discriminator, expert, policy, mix, *discriminator.draw(*expert.shape))
-                discriminator_objective = discriminator_objective + args.grad_penalty * penalty
             discriminator_optimizer.zero_grad()
-            discriminator_objective.backward()
+            (expert_loss + policy_loss + args.grad_penalty * penalty).backward()
             discriminator_optimizer.step()
 
             # Surrogate reward of a fresh batch, by the discriminator as it is now.
             observations, actions, next_observations = buffer.sample(args.batch_size)
             x = discriminator_input(observations, actions, next_observations)
-            rewards = surrogate_reward(discriminator, x, torch.randn(args.diffusion_steps, *x.shape, device=device), args.reward_form)
+            noise = torch.randn(args.diffusion_steps, *x.shape, device=device)
+            rewards = args.reward_scale * surrogate_reward(discriminator, x, noise, args.reward_form)
 
-            # Critic: one step on the soft Bellman error. `inputs` keeps gradients out of every other network.
+            # Critics: one step on the soft Bellman error. `inputs` keeps gradients out of every other network.
             alpha = log_alpha.detach().exp()
-            scaled_rewards = args.reward_scale * rewards
-            qf_loss = critic_loss(critic, target_critic, actor, alpha, observations, actions, next_observations, scaled_rewards, args.gamma)
+            qf_loss = critic_loss(critic, target_critic, actor, alpha, observations, actions, next_observations, rewards, args.gamma)
             critic_optimizer.zero_grad()
             qf_loss.backward(inputs=list(critic.parameters()))
             critic_optimizer.step()
 
             # Actor: towards actions of high value and high entropy, with small mean and log_std.
-            sac_loss, log_prob, policy_mean, policy_log_std = actor_loss(actor, critic, alpha, observations)
-            policy_objective = sac_loss + args.actor_regularizer * (policy_mean.square().mean() + policy_log_std.square().mean())
+            policy_loss_sac, log_prob, u_mean, u_log_std = actor_loss(actor, critic, alpha, observations)
+            regularizer = u_mean.square().mean() + u_log_std.square().mean()
             actor_optimizer.zero_grad()
-            policy_objective.backward(inputs=list(actor.parameters()))
+            (policy_loss_sac + args.actor_regularizer * regularizer).backward(inputs=list(actor.parameters()))
             actor_optimizer.step()
 
             # Temperature: up where the entropy is below its target, down where it is above.
-            alpha_loss = temperature_loss(log_alpha, log_prob, target_entropy)
             alpha_optimizer.zero_grad()
-            alpha_loss.backward()
+            temperature_loss(log_alpha, log_prob, target_entropy).backward()
             alpha_optimizer.step()
 
             polyak_update(target_critic, critic, args.tau)
 
             if step % 1_000 == 0:
-                writer.add_scalar("losses/discriminator_expert_loss", expert_loss.item(), step)
-                writer.add_scalar("losses/discriminator_policy_loss", policy_loss.item(), step)
-                if args.grad_penalty > 0:
-                    writer.add_scalar("losses/grad_penalty", penalty.item(), step)
-                writer.add_scalar("charts/surrogate_reward", rewards.mean().item(), step)
-                writer.add_scalar("losses/qf_loss", qf_loss.item(), step)
-                writer.add_scalar("losses/actor_loss", sac_loss.item(), step)
-                writer.add_scalar("losses/alpha", alpha.item(), step)
-                writer.add_scalar("losses/entropy", -log_prob.mean().item(), step)
+                losses = {"expert_loss": expert_loss, "policy_loss": policy_loss, "grad_penalty": penalty, "qf_loss": qf_loss}
+                losses |= {"actor_loss": policy_loss_sac, "alpha": alpha, "entropy": -log_prob.mean(), "surrogate_reward": rewards.mean()}
+                for name, value in losses.items():
+                    writer.add_scalar(f"losses/{name}", value.item(), step)
 
         done = terminated or truncated
+        episode_return, episode_length = episode_return + float(reward), episode_length + 1
         if done:
             writer.add_scalar("charts/episodic_return", episode_return, step)
             writer.add_scalar("charts/episodic_length", episode_length, step)
@@ -721,12 +677,12 @@ def main(args: Args):
             evaluations.append([step, *evaluate(actor, eval_env, seeds)])
             write_evaluations(run_dir / "evaluations.csv", evaluations)
             mean_return, std_return = evaluations[-1][1:3]
-            percent = 100 * mean_return / demos.expert_return
             writer.add_scalar("eval/return", mean_return, step)
-            writer.add_scalar("eval/percent_of_expert", percent, step)
             writer.add_scalar("charts/SPS", step / (time.perf_counter() - clock), step)
-            progress.write(f"{step:>9,} steps: return {mean_return:8.1f} ± {std_return:.1f} ({percent:.1f} % of the expert's {demos.expert_return:.0f})")
-            progress.set_postfix_str(f"return {mean_return:.0f}, {percent:.1f} % of the expert")
+            percent = 100 * mean_return / demos.expert_return
+            writer.add_scalar("eval/percent_of_expert", percent, step)
+            progress.write(f"{step:>9,} steps: return {mean_return:8.1f} ± {std_return:6.1f}, {percent:5.1f} % of the expert's")
+            progress.set_postfix_str(f"return {mean_return:.0f}, {percent:.1f} % of the expert's")
         if done and step - last_checkpoint >= args.checkpoint_every:
             save_checkpoint(step)
             last_checkpoint = step
@@ -738,13 +694,14 @@ def main(args: Args):
     policy = {"actor": actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}
     policy |= {"observation_mean": torch.from_numpy(mean), "observation_std": torch.from_numpy(std)}
     write_file(run_dir / "policy.pt", lambda file: torch.save(policy, file))
-    config |= {"finished_at_step": step, "wall_time_seconds": round(time.perf_counter() - clock, 1), "expert_return": demos.expert_return}
+    config |= {"finished_at_step": step, "wall_time_seconds": round(time.perf_counter() - clock), "expert_return": demos.expert_return}
     write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
     print(f"{run_dir}: {step:,} steps in {config['wall_time_seconds'] / 60:.1f} minutes")
     if evaluations:
-        best, final = max(row[1] for row in evaluations), np.mean([row[1] for row in evaluations[-5:]])
-        shares = (f"{100 * value / demos.expert_return:.1f} %" for value in (best, final))
-        print("return: best {:.1f} ({} of the expert), final (mean of the last five evaluations) {:.1f} ({})".format(best, next(shares), final, next(shares)))
+        returns = np.array([row[1] for row in evaluations])
+        (best, final), expert_return = (returns.max(), returns[-5:].mean()), demos.expert_return
+        print(f"best return {best:.1f}, {100 * best / expert_return:.1f} % of the expert's {expert_return:.1f}")
+        print(f"final return {final:.1f}, {100 * final / expert_return:.1f} % (mean of the last five evaluations)")
 
 
 if __name__ == "__main__":

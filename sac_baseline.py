@@ -1,13 +1,13 @@
 """Soft Actor-Critic on the true reward, in one file: the yardstick, and the source of the experts.
 
-Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905. In the order of the paper:
+Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905:
 
-    critic_loss        eq. 5    J_Q = 1/2 E[(Q(s, a) - (r + gamma V(s')))^2] for both critics, V(s') = min Q(s', a') - alpha log pi(a'|s')
-    actor_loss         eq. 9    J_pi = E[alpha log pi(a|s) - Q(s, a)], a = tanh(mu + sigma eps)
-    temperature_loss   eq. 18   J_alpha = E[-alpha (log pi(a|s) + target entropy)], with log alpha in front as is usual
+    J_Q = 1/2 E[(Q(s, a) - (r + gamma (min Q'(s', a') - alpha log pi(a'|s'))))^2]       eq. 5     critic_loss
+    J_pi = E[alpha log pi(a|s) - min Q(s, a)] with a = tanh(mean + std eps)             eq. 9     actor_loss
+    J_alpha = E[-alpha (log pi(a|s) + target entropy)]                                  eq. 18    temperature_loss
 
     python sac_baseline.py --env-id HalfCheetah-v4
-    python sac_baseline.py --env-id HalfCheetah-v4 --target-return 4461 --save-demos my_demos/HalfCheetah-v4.npz
+    python sac_baseline.py --env-id Pendulum-v1 --target-return -180 --save-demos demos/Pendulum-v1.npz
 """
 # /// script
 # requires-python = ">=3.10"
@@ -22,6 +22,7 @@ Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.059
 # ]
 # ///
 import copy
+import itertools
 import json
 import math
 import os
@@ -47,53 +48,37 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "HalfCheetah-v4"
-    """Gymnasium environment; observations and actions must be Box spaces"""
-    seed: int = 1
-    """seed of everything random: networks, exploration, minibatches, environment"""
-    total_timesteps: int = 1_000_000
-    """environment steps"""
-    learning_starts: int = 5_000
-    """steps with uniformly random actions before the first update"""
-    batch_size: int = 256
-    """transitions per update"""
-    buffer_size: int = 1_000_000
-    """transitions the replay buffer holds"""
-    sac_hidden_dim: int = 256
-    """units in each of the two hidden layers of actor and critics"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.005
-    """step of the target critics towards the critics"""
-    actor_lr: float = 3e-4
-    """Adam learning rate of the actor and of the temperature"""
-    critic_lr: float = 1e-3
-    """Adam learning rate of the critics"""
+    # The task
+    env_id: str = "HalfCheetah-v4"  # Gymnasium environment with Box observations and Box actions
+    seed: int = 1  # of everything random: networks, exploration, minibatches, environment
+    total_timesteps: int = 1_000_000  # environment steps
 
-    target_return: float | None = None
-    """stop as soon as the mean return of an evaluation reaches this"""
-    save_demos: Path | None = None
-    """record demonstrations with the final deterministic policy to this .npz file"""
-    demo_episodes: int = 16
-    """episodes to record"""
+    # SAC
+    learning_starts: int = 5_000  # uniformly random steps before the first update
+    batch_size: int = 256  # transitions per update
+    buffer_size: int = 1_000_000  # transitions in the replay buffer
+    sac_hidden_dim: int = 256  # units in each of the two hidden layers of actor and critics
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # step of the target critics towards the critics
+    actor_lr: float = 3e-4  # Adam learning rate of the actor and of the temperature
+    critic_lr: float = 1e-3  # Adam learning rate of the critics
 
-    eval_every: int = 10_000
-    """steps between evaluations"""
-    eval_episodes: int = 10
-    """episodes of the deterministic policy per evaluation"""
-    checkpoint_every: int = 25_000
-    """write a checkpoint at the first episode end after this many steps"""
-    resume: bool = False
-    """continue from the run's last checkpoint"""
-    output_dir: Path = Path("runs")
-    """folder of the run directories"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks live; auto takes CUDA where there is one"""
-    threads: int = 1
-    """CPU threads of PyTorch; several runs side by side finish more steps than one run with several threads"""
+    # Demonstrations
+    target_return: float | None = None  # stop as soon as the mean return of an evaluation reaches this
+    save_demos: Path | None = None  # record the final deterministic policy to this .npz file
+    demo_episodes: int = 16  # episodes to record
+
+    # The run
+    eval_every: int = 10_000  # steps between evaluations
+    eval_episodes: int = 10  # episodes of the deterministic policy per evaluation
+    checkpoint_every: int = 25_000  # a checkpoint at the first episode end after this many steps
+    resume: bool = False  # go on from the run's last checkpoint
+    output_dir: Path = Path("runs")  # folder of the run directories
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
+    threads: int = 1  # of PyTorch on the CPU; several runs side by side finish more steps than one with several threads
 
 
-# ---------------------------------------------------------------------------------------------------------- files, input
+# ------------------------------------------------------------------------------------------ files, input, environment
 
 
 def fail(message: str) -> NoReturn:
@@ -120,18 +105,15 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]):
 
 
 def describe_run(args: "Args", device: torch.device) -> dict:
-    """All that a later reader needs to tell what made a result: arguments, command, versions, commit, machine."""
+    """What a later reader needs to tell what made a result: arguments, command, commit, machine, versions."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     return {
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()},
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, gym, mujoco, np)},
     }
-
-
-# ----------------------------------------------------------------------------------------------------------- environment
 
 
 def make_env(env_id: str, observation_mean: np.ndarray | float = 0.0, observation_std: np.ndarray | float = 1.0) -> gym.Env:
@@ -158,29 +140,29 @@ def episode_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-# -------------------------------------------------------------------------------------------------------------- networks
+# --------------------------------------------------------------------------------------------------------------- SAC
 
 
-def mlp(*dims: int) -> nn.Sequential:
-    """Linear layers of the given widths with ReLU between them."""
-    layers = [layer for i, o in zip(dims, dims[1:]) for layer in (nn.Linear(i, o), nn.ReLU(inplace=True))]
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers between the given widths, with ReLU between the layers."""
+    layers = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.ReLU(inplace=True))]
     return nn.Sequential(*layers[:-1])
 
 
 class Actor(nn.Module):
-    """Tanh-Gaussian policy pi(a|s): a = tanh(u), u ~ N(mu(s), sigma(s)), actions in (-1, 1)."""
+    """Tanh-Gaussian policy pi(a|s): a = tanh(u), u ~ N(mean(s), std(s))."""
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
         super().__init__()
         self.net = mlp(observation_dim, hidden_dim, hidden_dim, 2 * action_dim)
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """Observations [B, obs] to mean and log standard deviation of u, [B, act] each."""
+        """Observations [B, obs] to the mean and the log standard deviation of u, [B, act] each."""
         mean, log_std = self.net(observations).chunk(2, dim=-1)
         return mean, log_std.clamp(-20, 2)
 
     def sample(self, observations: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Reparameterised actions [B, act], their log pi(a|s) [B], and the mean and log_std of u (SAC, appendix C).
+        """Reparameterised actions [B, act] in [-1, 1], log pi(a|s) [B], mean and log_std of u (SAC, appendix C).
 
         log(1 - tanh(u)^2) is written 2 (log 2 - u - softplus(-2u)), which stays exact where tanh saturates."""
         mean, log_std = self(observations)
@@ -192,7 +174,7 @@ class Actor(nn.Module):
 
 
 class TwinCritic(nn.Module):
-    """Two independent action values Q1(s, a), Q2(s, a)."""
+    """Two independent action values Q1(s, a) and Q2(s, a)."""
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
         super().__init__()
@@ -200,19 +182,16 @@ class TwinCritic(nn.Module):
         self.q2 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
 
     def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Observations [B, obs] and actions [B, act] to two tensors [B]."""
+        """Observations [B, obs] and actions [B, act] to two values, [B] each."""
         x = torch.cat([observations, actions], dim=-1)
         return self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)
-
-
-# ------------------------------------------------------------------------------------------------------------------- SAC
 
 
 def critic_loss(
     critic: TwinCritic, target_critic: TwinCritic, actor: Actor, alpha: Tensor,
     observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float,
-) -> Tensor:
-    """Soft Bellman error of both critics (SAC, eq. 5). rewards [B]; discount [B] or a number, 0 where nothing follows."""
+) -> Tensor:  # fmt: skip
+    """Soft Bellman error of both critics (SAC, eq. 5), for rewards [B] and discount [B], 0 where the task ends, or a number."""
     with torch.no_grad():
         next_actions, next_log_prob, _, _ = actor.sample(next_observations)
         next_value = torch.min(*target_critic(next_observations, next_actions)) - alpha * next_log_prob
@@ -222,22 +201,21 @@ def critic_loss(
 
 
 def actor_loss(actor: Actor, critic: TwinCritic, alpha: Tensor, observations: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Policy objective (SAC, eq. 9), and the log pi(a|s) [B], mean and log_std [B, act] it was computed from."""
+    """Policy objective (SAC, eq. 9), and what it was computed from: log pi(a|s) [B], mean and log_std of u [B, act]."""
     actions, log_prob, mean, log_std = actor.sample(observations)
-    q = torch.min(*critic(observations, actions))
-    return (alpha * log_prob - q).mean(), log_prob, mean, log_std
+    return (alpha * log_prob - torch.min(*critic(observations, actions))).mean(), log_prob, mean, log_std
 
 
 def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
-    """Temperature objective (SAC, eq. 18), with log alpha for alpha in front: the same sign, and a better scale."""
+    """Temperature objective (SAC, eq. 18) with log alpha in front for alpha, as is usual: the same sign, a better scale."""
     return -log_alpha * (log_prob.detach().mean() + target_entropy)
 
 
+@torch.no_grad()
 def polyak_update(target: nn.Module, source: nn.Module, tau: float):
     """target <- (1 - tau) target + tau source, parameter by parameter."""
-    with torch.no_grad():
-        for target_parameter, parameter in zip(target.parameters(), source.parameters()):
-            target_parameter.lerp_(parameter, tau)
+    for target_parameter, parameter in zip(target.parameters(), source.parameters()):
+        target_parameter.lerp_(parameter, tau)
 
 
 class ReplayBuffer:
@@ -248,21 +226,21 @@ class ReplayBuffer:
         self.widths, self.position, self.size = widths, 0, 0
 
     def add(self, *parts: np.ndarray):
-        """Store one transition, given as one vector for each of the widths."""
+        """Store one transition: one vector for each of the widths."""
         self.rows[self.position] = torch.from_numpy(np.concatenate(parts, dtype=np.float32, casting="same_kind"))
         self.position = (self.position + 1) % len(self.rows)
-        self.size = max(self.size, self.position) if self.size < len(self.rows) else self.size
+        self.size = min(self.size + 1, len(self.rows))
 
     def sample(self, batch_size: int) -> tuple[Tensor, ...]:
         """Uniform transitions with replacement: one tensor [batch_size, width] for each of the widths."""
         return self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)].split(self.widths, dim=1)
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluation
+# -------------------------------------------------------------------------------------------------------- evaluation
 
 
 def play_episode(actor: Actor, env: gym.Env, seed: int) -> dict[str, np.ndarray]:
-    """One episode of the deterministic policy tanh(mu), as arrays in Minari's terms; actions in the environment's units."""
+    """One episode of the deterministic policy tanh(mean), as arrays in Minari's terms; actions in the environment's units."""
     device = next(actor.parameters()).device
     steps, done = [], False
     observation, _ = env.reset(seed=seed)
@@ -290,38 +268,40 @@ def write_evaluations(path: Path, evaluations: list):
     write_file(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
 
 
-def record_demos(path: Path, actor: Actor, env: gym.Env, args: Args, config: dict) -> np.ndarray:
-    """Write episodes of the deterministic policy to a new .npz file; returns their returns [demo_episodes]."""
-    seeds = [episode_seed(args.seed, DEMOS, i) for i in range(args.demo_episodes)]
+def record_demonstrations(path: Path, actor: Actor, env: gym.Env, args: Args, config: dict) -> np.ndarray:
+    """Write episodes of the deterministic policy to a new .npz file, and return their returns, [demo_episodes]."""
+    seeds = [episode_seed(args.seed, DEMONSTRATION, i) for i in range(args.demo_episodes)]
     episodes = [play_episode(actor, env, seed) for seed in seeds]
     returns = np.array([episode["rewards"].sum() for episode in episodes])
     arrays = {name: np.concatenate([episode[name] for episode in episodes]) for name in episodes[0]}
-    arrays = {name: a if a.dtype == bool else a.astype(np.float32) for name, a in arrays.items()}
+    arrays = {name: array if array.dtype == bool else array.astype(np.float32) for name, array in arrays.items()}
     metadata = {"env_id": args.env_id, "returns": returns.tolist(), "episode_seeds": seeds, "seed": args.seed}
-    metadata |= {key: config[key] for key in ("command", "commit", "versions")}
+    metadata |= {name: config[name] for name in ("command", "commit", "versions")}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, lambda file: np.savez_compressed(file, metadata=json.dumps(metadata), **arrays))
     return returns
 
 
-TRAINING, EVALUATION, DEMOS = range(3)  # streams of episode seeds
-MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "target_return", "save_demos", "demo_episodes", "device", "threads", "checkpoint_every"}
+TRAINING, EVALUATION, DEMONSTRATION = range(3)  # streams of episode seeds
+MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "checkpoint_every"}
+MAY_CHANGE_ON_RESUME |= {"target_return", "save_demos", "demo_episodes"}
 
 
 def main(args: Args):
     # Set-up: everything is checked before anything is written.
-    check_minimum(args, seed=0, total_timesteps=1, learning_starts=0, batch_size=1, buffer_size=1, sac_hidden_dim=1)
-    check_minimum(args, gamma=0, tau=0, actor_lr=0, critic_lr=0, eval_every=1, eval_episodes=1, checkpoint_every=1, threads=1)
+    check_minimum(args, seed=0, total_timesteps=1, learning_starts=1, batch_size=1, buffer_size=1, sac_hidden_dim=1)
+    check_minimum(args, gamma=0, tau=0, actor_lr=0, critic_lr=0, demo_episodes=1)
+    check_minimum(args, eval_every=1, eval_episodes=1, checkpoint_every=1, threads=1)
     if args.learning_starts >= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} leaves nothing to learn in --total-timesteps {args.total_timesteps}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
-    if args.save_demos and args.save_demos.exists():
-        fail(f"--save-demos {args.save_demos}: the file exists and is not overwritten")
-    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
+        fail("--device cuda: PyTorch sees no CUDA device; use --device cpu")
+    device = torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda")
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # dead units leave denormal moments in Adam; arithmetic on those is 30 times slower
     torch.manual_seed(args.seed)
+    if args.save_demos and args.save_demos.exists():
+        fail(f"--save-demos {args.save_demos}: the file exists already, and is not overwritten")
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     (observation_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
 
@@ -336,44 +316,45 @@ def main(args: Args):
     critic = TwinCritic(observation_dim, action_dim, args.sac_hidden_dim).to(device)
     target_critic = copy.deepcopy(critic)
     log_alpha = torch.zeros((), device=device, requires_grad=True)
-    target_entropy = -float(action_dim)
+    target_entropy = -action_dim
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.actor_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
     alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.actor_lr, fused=True)
     buffer = ReplayBuffer(args.buffer_size, (observation_dim, action_dim, observation_dim, 1, 1), device)
     learned = {
-        "actor": actor, "critic": critic, "target_critic": target_critic,
-        "actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer, "alpha_optimizer": alpha_optimizer,
+        "actor": actor, "critic": critic, "target_critic": target_critic, "actor_optimizer": actor_optimizer,
+        "critic_optimizer": critic_optimizer, "alpha_optimizer": alpha_optimizer,
     }  # fmt: skip
 
     start, episode, wall_time, evaluations = 0, 0, 0.0, []
     if args.resume and checkpoint_path.exists():
         try:
             state = torch.load(checkpoint_path, map_location=device, weights_only=True)
-        except Exception:
-            fail(f"{checkpoint_path} is not a whole checkpoint of this script; the file is left as it is")
-        changed = [k for k, v in config["args"].items() if k not in MAY_CHANGE_ON_RESUME and v != state["args"][k]]
+            changed = [name for name, value in config["args"].items() if name not in MAY_CHANGE_ON_RESUME and value != state["args"][name]]
+        except Exception:  # what a damaged archive raises is open-ended
+            fail(f"{checkpoint_path} is not a whole checkpoint of this script; it is left as it is")
         if changed:
             fail(f"{checkpoint_path} was made with another {', '.join(changed)}; --resume needs the same arguments")
         for name, part in learned.items():
             part.load_state_dict(state[name])
         log_alpha.data.copy_(state["log_alpha"])
-        buffer.size, buffer.position = len(state["rows"]), state["position"]
+        buffer.position, buffer.size = state["position"], len(state["rows"])
         buffer.rows[: buffer.size] = state["rows"]
-        start, episode, wall_time, evaluations = (state[k] for k in ("step", "episode", "wall_time", "evaluations"))
+        start, episode, wall_time, evaluations = (state[name] for name in ("step", "episode", "wall_time", "evaluations"))
         torch.set_rng_state(state["rng"].cpu())
-        if device.type == "cuda" and state["cuda_rng"]:
-            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
-
-    if start >= args.total_timesteps:
-        print(f"{run_dir} has finished its {start:,} steps already")
-        return
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["device_rng"].cpu())
+        if start >= args.total_timesteps:
+            print(f"{run_dir} has finished its {start:,} steps already")
+            return
+        config["resumed_at_step"] = start
 
     def save_checkpoint(step: int):
-        state = {name: part.state_dict() for name, part in learned.items()}
-        state |= {"log_alpha": log_alpha.detach(), "rows": buffer.rows[: buffer.size].clone(), "position": buffer.position}
-        state |= {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations, "args": config["args"]}
-        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        # Only where an episode ends: then neither the simulator nor its random stream is part of the state.
+        state = {name: part.state_dict() for name, part in learned.items()} | {"log_alpha": log_alpha.detach()}
+        state |= {"rows": buffer.rows[: buffer.size].clone(), "position": buffer.position, "rng": torch.get_rng_state()}
+        state |= {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations}
+        state |= {"args": config["args"], "device_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
         write_file(checkpoint_path, lambda file: torch.save(state, file))
 
     write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
@@ -386,22 +367,21 @@ def main(args: Args):
         # Act.
         with torch.no_grad():
             if step <= args.learning_starts:
-                action = 2 * torch.rand(action_dim) - 1
+                action = (2 * torch.rand(action_dim) - 1).numpy()
             else:
-                action = actor.sample(torch.from_numpy(observation).to(device))[0].cpu()
-        next_observation, reward, terminated, truncated, _ = env.step(action.numpy())
-        # A truncated episode would have gone on, so its last state is bootstrapped from; a terminated one is not.
-        buffer.add(observation, action.numpy(), next_observation, np.array([reward]), np.array([terminated]))
+                action = actor.sample(torch.from_numpy(observation).to(device))[0].cpu().numpy()
+        next_observation, reward, terminated, truncated, _ = env.step(action)
+        # A truncated episode would have gone on, so values are bootstrapped through its end; a terminated one is over.
+        buffer.add(observation, action, next_observation, np.array([reward]), np.array([terminated]))
         observation = next_observation
-        episode_return, episode_length = episode_return + float(reward), episode_length + 1
 
         if step > args.learning_starts:
             observations, actions, next_observations, rewards, terminations = buffer.sample(args.batch_size)
-            alpha = log_alpha.detach().exp()
+            rewards, discount = rewards.squeeze(-1), args.gamma * (1 - terminations.squeeze(-1))
 
-            # Critic: one step on the soft Bellman error. `inputs` keeps gradients out of every other network.
-            discount = args.gamma * (1 - terminations.squeeze(-1))
-            qf_loss = critic_loss(critic, target_critic, actor, alpha, observations, actions, next_observations, rewards.squeeze(-1), discount)
+            # Critics: one step on the soft Bellman error. `inputs` keeps gradients out of every other network.
+            alpha = log_alpha.detach().exp()
+            qf_loss = critic_loss(critic, target_critic, actor, alpha, observations, actions, next_observations, rewards, discount)
             critic_optimizer.zero_grad()
             qf_loss.backward(inputs=list(critic.parameters()))
             critic_optimizer.step()
@@ -413,20 +393,19 @@ def main(args: Args):
             actor_optimizer.step()
 
             # Temperature: up where the entropy is below its target, down where it is above.
-            alpha_loss = temperature_loss(log_alpha, log_prob, target_entropy)
             alpha_optimizer.zero_grad()
-            alpha_loss.backward()
+            temperature_loss(log_alpha, log_prob, target_entropy).backward()
             alpha_optimizer.step()
 
             polyak_update(target_critic, critic, args.tau)
 
             if step % 1_000 == 0:
-                writer.add_scalar("losses/qf_loss", qf_loss.item(), step)
-                writer.add_scalar("losses/actor_loss", policy_loss.item(), step)
-                writer.add_scalar("losses/alpha", alpha.item(), step)
-                writer.add_scalar("losses/entropy", -log_prob.mean().item(), step)
+                losses = {"qf_loss": qf_loss, "actor_loss": policy_loss, "alpha": alpha, "entropy": -log_prob.mean()}
+                for name, value in losses.items():
+                    writer.add_scalar(f"losses/{name}", value.item(), step)
 
         done = terminated or truncated
+        episode_return, episode_length = episode_return + float(reward), episode_length + 1
         if done:
             writer.add_scalar("charts/episodic_return", episode_return, step)
             writer.add_scalar("charts/episodic_length", episode_length, step)
@@ -441,7 +420,7 @@ def main(args: Args):
             mean_return, std_return = evaluations[-1][1:3]
             writer.add_scalar("eval/return", mean_return, step)
             writer.add_scalar("charts/SPS", step / (time.perf_counter() - clock), step)
-            progress.write(f"{step:>9,} steps: return {mean_return:8.1f} ± {std_return:.1f}")
+            progress.write(f"{step:>9,} steps: return {mean_return:8.1f} ± {std_return:6.1f}")
             progress.set_postfix_str(f"return {mean_return:.0f}")
             if args.target_return is not None and mean_return >= args.target_return:
                 break
@@ -453,20 +432,20 @@ def main(args: Args):
     progress.close()
     writer.close()
     save_checkpoint(step)
-    policy = {"actor": actor.state_dict(), "env_id": args.env_id, "hidden_dim": args.sac_hidden_dim}
+    policy = {"actor": actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}
     policy |= {"observation_mean": torch.zeros(observation_dim), "observation_std": torch.ones(observation_dim)}
     write_file(run_dir / "policy.pt", lambda file: torch.save(policy, file))
-    config |= {"finished_at_step": step, "wall_time_seconds": round(time.perf_counter() - clock, 1)}
+    config |= {"finished_at_step": step, "wall_time_seconds": round(time.perf_counter() - clock)}
     write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
     print(f"{run_dir}: {step:,} steps in {config['wall_time_seconds'] / 60:.1f} minutes")
+    returns = np.array([row[1] for row in evaluations])
     if evaluations:
-        means = [row[1] for row in evaluations]
-        print(f"return: best {max(means):.1f}, final (mean of the last five evaluations) {np.mean(means[-5:]):.1f}")
-    if args.target_return is not None and not (evaluations and evaluations[-1][1] >= args.target_return):
-        print(f"no evaluation reached --target-return {args.target_return}: no demonstrations were recorded")
+        print(f"best return {returns.max():.1f}, final return {returns[-5:].mean():.1f} (mean of the last five evaluations)")
+    if args.target_return is not None and not (returns[-1:] >= args.target_return).any():
+        print(f"no evaluation reached --target-return {args.target_return}: nothing was recorded")
         raise SystemExit(1)
     if args.save_demos:
-        returns = record_demos(args.save_demos, actor, eval_env, args, config)
+        returns = record_demonstrations(args.save_demos, actor, eval_env, args, config)
         print(f"{args.save_demos}: {len(returns)} episodes, return {returns.mean():.1f} ± {returns.std():.1f}")
 
 
