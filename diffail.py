@@ -366,10 +366,9 @@ def surrogate_reward(discriminator: DiffusionDiscriminator, x: Tensor, noise: Te
     error, _ = discriminator.denoising_error(x.repeat(steps, 1), noise.view(-1, dim), t)
     squared_error = error.square().view(steps, batch_size, dim)
     if form == "paper":
-        loss = squared_error.mean(dim=(0, 2))  # D = exp(-mean over t of L)
-    else:
-        loss = -torch.log(torch.exp(-squared_error).mean(dim=(0, 2)))  # D = mean over t and d of exp(-squared error)
-    return -log_one_minus_exp(loss)
+        return -log_one_minus_exp(squared_error.mean(dim=(0, 2)))  # D = exp(-mean over t of L)
+    one_minus_d = -torch.expm1(-squared_error).mean(dim=(0, 2))  # D = mean over t and d of exp(-squared error)
+    return -torch.log(one_minus_d.clamp(min=1e-30))
 
 
 # --------------------------------------------------------------------------------------------------------------- SAC
