@@ -16,7 +16,7 @@ The true reward is never learned from: it is not even stored. Evaluations print 
     python diffail.py --env-id HalfCheetah-v4 --state-only
 """
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #     "gymnasium[mujoco]==1.4.0",
 #     "mujoco==3.15.0",

@@ -10,7 +10,7 @@ Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.059
     python sac_baseline.py --env-id Pendulum-v1 --target-return -180 --save-demos demos/Pendulum-v1.npz
 """
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #     "gymnasium[mujoco]==1.4.0",
 #     "mujoco==3.15.0",

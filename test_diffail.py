@@ -4,10 +4,8 @@
 """
 import ast
 import csv
-import importlib
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -37,7 +35,6 @@ STEPS = 10
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-    np.random.seed(0)
     torch.set_num_threads(1)
 
 
@@ -254,9 +251,9 @@ def test_discriminator_separates_expert_from_random_on_held_out_data_and_not_two
     expert = torch.from_numpy(np.concatenate([demos.observations, demos.next_observations], 1))
     env = diffail.make_env("HalfCheetah-v4")
     observation, _ = env.reset(seed=0)
-    pairs = []
+    pairs, rng = [], np.random.default_rng(0)
     for i in range(4000):
-        following, _, _, truncated, _ = env.step(np.random.uniform(-1, 1, 6).astype(np.float32))
+        following, _, _, truncated, _ = env.step(rng.uniform(-1, 1, 6).astype(np.float32))
         pairs.append(np.concatenate([observation, following]))
         observation = env.reset(seed=i)[0] if truncated else following
     random = torch.from_numpy(np.array(pairs))
@@ -379,3 +376,417 @@ def test_replay_buffer_returns_what_was_stored_and_forgets_the_oldest():
     assert torch.equal(a[:, 1], 10 * a[:, 0]) and torch.equal(b[:, 0], 100 * a[:, 0])
     counts = torch.bincount(a[:, 0].long())[2:]
     assert (counts > 400).all()  # uniform: 500 each
+
+
+# ---------------------------------------------------------------------------------------------------- training loops
+
+
+class Corridor(gym.Env):
+    """Five steps to the end: even episodes terminate there, odd ones are truncated. Observation: [position, episode parity]."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+    action_space = gym.spaces.Box(np.array([-3.0], np.float32), np.array([1.0], np.float32))
+    episode, actions = -1, ()
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.position = self.episode + 1, 0
+        return self.observation(), {}
+
+    def observation(self):
+        return np.array([self.position, self.episode % 2], np.float32)
+
+    def step(self, action):
+        assert self.action_space.contains(np.asarray(action, np.float32)), action
+        Corridor.actions = (*Corridor.actions, float(action[0]))
+        self.position += 1
+        end, odd = self.position == 5, self.episode % 2 == 1
+        return self.observation(), 7.0, end and not odd, end and odd, {}
+
+
+gym.register("Corridor-v0", entry_point=Corridor)
+SMALL = dict(env_id="Corridor-v0", learning_starts=20, batch_size=64, buffer_size=500, sac_hidden_dim=8, eval_every=50, eval_episodes=2)
+
+
+def corridor_demos(path: Path, episodes: int = 3) -> Path:
+    """A demonstration file for Corridor-v0, written with numpy alone."""
+    n = 5 * episodes
+    position = np.tile(np.arange(5), episodes)
+    parity = np.repeat(np.arange(episodes) % 2, 5)
+    arrays = dict(
+        observations=np.stack([position, parity], 1).astype(np.float32),
+        next_observations=np.stack([position + 1, parity], 1).astype(np.float32),
+        actions=np.linspace(-3, 1, n, dtype=np.float32)[:, None],
+        rewards=np.full(n, 7, np.float32),
+        terminations=(position == 4) & (parity == 0),
+        truncations=(position == 4) & (parity == 1),
+        metadata=json.dumps({"env_id": "Corridor-v0", "returns": [35.0] * episodes}),
+    )
+    np.savez(path, **arrays)
+    return path
+
+
+def spy_on_critic_loss(script, monkeypatch) -> list:
+    calls, original = [], script.critic_loss
+    monkeypatch.setattr(script, "critic_loss", lambda *args: calls.append(args) or original(*args))
+    return calls
+
+
+def test_sac_bootstraps_through_truncations_and_not_through_terminations(tmp_path, monkeypatch):
+    calls = spy_on_critic_loss(sac_baseline, monkeypatch)
+    sac_baseline.main(sac_baseline.Args(**SMALL, total_timesteps=100, output_dir=tmp_path))
+    seen = set()
+    for *_, next_observations, rewards, discount in calls:
+        terminated = (next_observations[:, 0] == 5) & (next_observations[:, 1] == 0)
+        assert torch.equal(discount, 0.99 * (1 - terminated.float()))
+        assert (rewards == 7).all()
+        seen |= {tuple(row) for row in next_observations.int().tolist()}
+    assert {(5, 0), (5, 1)} <= seen  # both kinds of end were in the batches
+
+
+def test_diffail_bootstraps_through_every_end_and_never_sees_the_reward(tmp_path, monkeypatch):
+    calls = spy_on_critic_loss(diffail, monkeypatch)
+    args = dict(**SMALL, total_timesteps=100, demos=corridor_demos(tmp_path / "demos.npz"), hidden_dim=8, output_dir=tmp_path)
+    diffail.main(diffail.Args(**args))
+    assert len(calls) == 80
+    for *_, next_observations, rewards, discount in list(calls):
+        assert discount == 0.99  # a number: the same after terminations, truncations and all else
+        assert (next_observations[:, 0] <= 5).all() and not (rewards == 7).any()
+    surrogate_rewards = [call[7] for call in calls]
+    evaluations = (tmp_path / "Corridor-v0__diffail__state-action__1traj__s1" / "evaluations.csv").read_text()
+    step = Corridor.step
+    monkeypatch.setattr(Corridor, "step", lambda self, action: (lambda o, r, *rest: (o, -9.0, *rest))(*step(self, action)))
+    again = spy_on_critic_loss(diffail, monkeypatch)
+    diffail.main(diffail.Args(**args | {"output_dir": tmp_path / "other-reward"}))
+    assert all(torch.equal(a, b[7]) for a, b in zip(surrogate_rewards, again))  # another true reward, the same surrogate rewards
+    assert "35.000" in evaluations and "-45.000" in next((tmp_path / "other-reward").glob("*/evaluations.csv")).read_text()
+
+
+def test_actions_are_scaled_to_the_bounds_and_back(tmp_path):
+    env = diffail.make_env("Corridor-v0")
+    env.reset(seed=0)
+    for action, expected in ((-1.0, -3.0), (0.0, -1.0), (1.0, 1.0)):
+        env.step(np.array([action], np.float32))
+        assert Corridor.actions[-1] == pytest.approx(expected)
+    actor = diffail.Actor(2, 1, 8)
+    episode = diffail.play_episode(actor, env, seed=0)
+    in_units = torch.tanh(actor(torch.from_numpy(episode["observations"]))[0]).detach().numpy() * 2 - 1
+    np.testing.assert_allclose(episode["actions"], in_units, rtol=1e-5)
+
+
+def test_normalized_observations_use_the_demonstrations_in_use_only():
+    mean, std = np.array([2.0, 0.5], np.float32), np.array([4.0, 0.5], np.float32)
+    env = diffail.make_env("Corridor-v0", mean, std)
+    observation, _ = env.reset(seed=0)
+    np.testing.assert_allclose(observation, (np.array([0, env.unwrapped.episode % 2]) - mean) / std)
+    assert observation.dtype == np.float32
+
+
+# ---------------------------------------------------------------------------------------------------- demonstrations
+
+
+@pytest.mark.parametrize("path", sorted((HERE / "demos").glob("*.npz")), ids=lambda path: path.stem)
+def test_recorded_demonstrations(path):
+    env_id, env = path.stem, diffail.make_env(path.stem)
+    with np.load(path, allow_pickle=False) as file:
+        data, metadata = {name: file[name] for name in file.files}, json.loads(file["metadata"].item())
+    ends = np.flatnonzero(data["terminations"] | data["truncations"]) + 1
+    assert len(ends) == len(metadata["returns"]) == 16
+    assert np.std(metadata["returns"]) < 0.05 * np.mean(metadata["returns"])
+    expert = {"HalfCheetah-v4": 4461, "Hopper-v4": 3401}
+    assert np.mean(metadata["returns"]) == pytest.approx(expert[env_id], rel=0.05)
+    for start, end, expected in zip([0, *ends[:-1]], ends, metadata["returns"]):
+        assert data["rewards"][start:end].sum(dtype=np.float64) == pytest.approx(expected, rel=1e-5)
+        np.testing.assert_array_equal(data["next_observations"][start : end - 1], data["observations"][start + 1 : end])
+    for n in (1, 4, 16):
+        demos = diffail.load_demonstrations(path, env_id, n, env)
+        assert len(demos.observations) == len(demos.actions) == len(demos.next_observations) == ends[n - 1]
+        assert demos.expert_return == pytest.approx(np.mean(metadata["returns"]))
+
+    if metadata["versions"]["mujoco"] == diffail.mujoco.__version__:  # another simulator's contacts drift apart
+        raw = gym.make(env_id)
+        for i in (0, 15):
+            start, end = ([0, *ends][i], ends[i])
+            observation, _ = raw.reset(seed=metadata["episode_seeds"][i])
+            np.testing.assert_allclose(observation, data["observations"][start], rtol=1e-6)
+            rewards = [raw.step(action)[1] for action in data["actions"][start:end]]
+            np.testing.assert_allclose(rewards[:100], data["rewards"][start : start + 100], rtol=1e-4, atol=1e-4)
+            assert sum(rewards) == pytest.approx(metadata["returns"][i], rel=0.01)
+
+
+def test_demonstrations_survive_the_round_trip(tmp_path):
+    actor = sac_baseline.Actor(2, 1, 8)
+    args = sac_baseline.Args(env_id="Corridor-v0", demo_episodes=4)
+    path = tmp_path / "new folder" / "demos.npz"
+    config = dict(command="c", commit="d", versions={})
+    returns = sac_baseline.record_demonstrations(path, actor, sac_baseline.make_env("Corridor-v0"), args, config)
+    assert returns.tolist() == [35.0] * 4
+    demos = diffail.load_demonstrations(path, "Corridor-v0", 3, diffail.make_env("Corridor-v0"))
+    assert demos.observations.shape == (15, 2) and demos.actions.shape == (15, 1) and demos.expert_return == 35
+    np.testing.assert_array_equal(demos.observations[:, 0], np.tile(np.arange(5), 3))
+    np.testing.assert_array_equal(demos.next_observations[:, 0], np.tile(np.arange(1, 6), 3))
+    np.testing.assert_allclose(demos.actions, 2 * actor(torch.from_numpy(demos.observations))[0].tanh().detach().numpy() - 1, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+def damaged(change: str, path: Path) -> Path:
+    """A demonstration file for Corridor-v0 with one thing wrong."""
+    corridor_demos(path)
+    with np.load(path) as file:
+        data = {name: file[name] for name in file.files}
+    if change == "missing":
+        path.unlink()
+    elif change == "empty file":
+        path.write_bytes(b"")
+    elif change == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    elif change == "not an archive":
+        path.write_text("observations,actions\n1,2\n")
+    elif change == "pickle":
+        np.savez(path, **data | {"observations": np.array([{"a": 1}], dtype=object)})
+    else:
+        edits = {
+            "no actions": lambda d: d.pop("actions"),
+            "no metadata": lambda d: d.pop("metadata"),
+            "extra dimension": lambda d: d.update(observations=d["observations"][None]),
+            "other environment": lambda d: d.update(metadata=np.array(json.dumps({"env_id": "Ant-v4", "returns": [1.0]}))),
+            "other width": lambda d: d.update(observations=d["observations"][:, :1]),
+            "lengths": lambda d: d.update(actions=d["actions"][:-1]),
+            "nan": lambda d: d["observations"].__setitem__((3, 0), np.nan),
+            "infinity": lambda d: d["rewards"].__setitem__(2, np.inf),
+            "bounds": lambda d: d["actions"].__setitem__((0, 0), 1.5),
+            "float64": lambda d: d.update(observations=d["observations"].astype(np.float64)),
+            "no transitions": lambda d: d.update({k: v[:0] for k, v in d.items() if k != "metadata"}),
+            "no whole episode": lambda d: d.update({k: v[:4] for k, v in d.items() if k != "metadata"}),
+        }
+        edits[change](data)
+        np.savez(path, **data)
+    return path
+
+
+DAMAGE = {
+    "missing": "sac_baseline.py --env-id Corridor-v0 --save-demos", "empty file": "not a whole", "truncated": "not a whole",
+    "not an archive": "not a whole", "pickle": "not a whole", "no actions": "not a whole", "no metadata": "not a whole",
+    "extra dimension": "observations is", "other environment": "recorded in Ant-v4", "other width": "observations is",
+    "lengths": "actions is", "nan": "not finite", "infinity": "not finite", "bounds": "outside the bounds", "float64": "float64",
+    "no transitions": "at least one", "no whole episode": "holds 0 episodes",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", DAMAGE)
+def test_a_bad_demonstration_file_is_one_line_and_exit_code_2(change, tmp_path, capsys):
+    path = damaged(change, tmp_path / "demos.npz")
+    before = path.read_bytes() if path.exists() else None
+    with pytest.raises(SystemExit) as exit_:
+        diffail.main(diffail.Args(**SMALL, total_timesteps=100, demos=path, output_dir=tmp_path / "runs"))
+    message = capsys.readouterr().err
+    assert exit_.value.code == 2 and DAMAGE[change] in message and str(path) in message and message.count("\n") == 1
+    assert not (tmp_path / "runs").exists() and (path.read_bytes() if path.exists() else None) == before
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_damage_to_the_bytes_is_a_correct_load_or_one_line(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "bytes"
+    folder.mkdir(exist_ok=True)
+    content = bytearray(corridor_demos(folder / "demos.npz").read_bytes())
+    env = diffail.make_env("Corridor-v0")
+    original = diffail.load_demonstrations(folder / "demos.npz", "Corridor-v0", 3, env)
+    where = data.draw(st.integers(0, len(content) - 1))
+    kind = data.draw(st.sampled_from(["flip", "cut", "insert"]))
+    if kind == "flip":
+        content[where] ^= 1 << data.draw(st.integers(0, 7))
+    elif kind == "cut":
+        del content[where : where + data.draw(st.integers(1, 200))]
+    else:
+        content[where:where] = data.draw(st.binary(min_size=1, max_size=20))
+    (folder / "demos.npz").write_bytes(content)
+    try:
+        loaded = diffail.load_demonstrations(folder / "demos.npz", "Corridor-v0", 3, env)
+    except SystemExit as exit_:
+        assert exit_.code == 2
+    else:
+        np.testing.assert_array_equal(loaded.observations, original.observations)
+        np.testing.assert_array_equal(loaded.actions, original.actions)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--env-id NoSuch-v0", "cannot make the environment"),
+        ("--env-id CartPole-v1", "action space must be a one-dimensional Box"),
+        ("--env-id FrozenLake-v1", "observation space must be a one-dimensional Box"),
+        ("--env-id Ant-v4 --demos none.npz", "sac_baseline.py --env-id Ant-v4 --save-demos none.npz"),
+        ("--num-trajectories 17", "holds 16 episodes, --num-trajectories asks for 17"),
+        ("--num-trajectories 0", "--num-trajectories must be at least 1, not 0"),
+        ("--diffusion-steps 0", "--diffusion-steps must be at least 1, not 0"),
+        ("--discriminator-lr -1", "--discriminator-lr must be at least 0, not -1.0"),
+        ("--actor-lr nan", "--actor-lr must be at least 0, not nan"),
+        ("--batch-size 0", "--batch-size must be at least 1, not 0"),
+        ("--learning-starts 1000 --total-timesteps 1000", "leaves nothing to learn"),
+        ("--demos README.md", "README.md is not a whole demonstration file"),
+        pytest.param("--device cuda", "no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_code_2(arguments, message, tmp_path):
+    command = [sys.executable, HERE / "diffail.py", "--output-dir", tmp_path / "runs", *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
+    assert not (tmp_path / "runs").exists()
+
+
+def test_nothing_is_overwritten(tmp_path, capsys):
+    demos = corridor_demos(tmp_path / "demos.npz")
+    args = dict(**SMALL, total_timesteps=30, output_dir=tmp_path / "runs")
+    diffail.main(diffail.Args(**args, demos=demos, hidden_dim=8))
+    sac_baseline.main(sac_baseline.Args(**args))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for call, message in (
+        (lambda: diffail.main(diffail.Args(**args, demos=demos, hidden_dim=8)), "--resume"),
+        (lambda: sac_baseline.main(sac_baseline.Args(**args)), "--resume"),
+        (lambda: sac_baseline.main(sac_baseline.Args(**args | {"seed": 2}, save_demos=demos)), "is not overwritten"),
+        (lambda: diffail.main(diffail.Args(**args | {"batch_size": 65}, demos=demos, hidden_dim=8, resume=True)), "another batch_size"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            call()
+        assert exit_.value.code == 2 and message in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+# -------------------------------------------------------------------------------------------------- the whole program
+
+
+def run(*command: object, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=HERE, **kwargs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "script, flags, name",
+    [
+        ("sac_baseline", "--save-demos {}/demos.npz --demo-episodes 2", "Hopper-v4__sac_baseline__s1"),
+        ("diffail", "--num-trajectories 3", "Hopper-v4__diffail__state-action__3traj__s1"),
+        ("diffail", "--state-only --reward-form released --noise-schedule vp", "Hopper-v4__diffail__state-only__1traj__s1"),
+    ],
+)
+def test_command_line_end_to_end(script, flags, name, device, tmp_path):
+    command = [f"{script}.py", "--env-id", "Hopper-v4", *flags.format(tmp_path).split()]
+    command += ["--device", device, "--output-dir", tmp_path / "runs"]
+    command += ["--total-timesteps", 400, "--learning-starts", 200, "--eval-every", 200, "--eval-episodes", 2]
+    done = run(*command)
+    assert done.returncode == 0 and done.stderr == ""
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert run_dir.name == name and str(run_dir) in done.stdout and "best return" in done.stdout
+    assert {path.name for path in run_dir.iterdir()} >= {"evaluations.csv", "config.json", "checkpoint.pt", "policy.pt"}
+    assert len(list(run_dir.glob("events.out.tfevents.*"))) == 1 and not list(run_dir.glob("*.tmp"))
+
+    with open(run_dir / "evaluations.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["200", "400"] and all(float(row["mean_length"]) > 1 for row in rows)
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["args"]["total_timesteps"] == config["finished_at_step"] == 400
+    assert config["versions"]["torch"] == torch.__version__
+    policy = torch.load(run_dir / "policy.pt", weights_only=True)
+    actor = diffail.Actor(11, 3, policy["sac_hidden_dim"])
+    actor.load_state_dict(policy["actor"])
+    env = diffail.make_env(policy["env_id"], policy["observation_mean"].numpy(), policy["observation_std"].numpy())
+    seeds = [diffail.episode_seed(1, 1, 400, i) for i in range(2)]
+    if device == "cpu":  # the saved policy is the one evaluated last
+        assert diffail.evaluate(actor, env, seeds)[0] == pytest.approx(float(rows[-1]["mean_return"]), abs=1e-3)
+    again = run(*command, "--resume", *(["--save-demos", tmp_path / "new.npz"] if script == "sac_baseline" else []))
+    assert again.returncode == 0 and "has finished" in again.stdout and not (tmp_path / "new.npz").exists()
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(tmp_path):
+    small = ["--env-id", "Pendulum-v1", "--learning-starts", 150, "--batch-size", 16, "--sac-hidden-dim", 8]
+    small += ["--eval-every", 100, "--eval-episodes", 1]
+    demos = tmp_path / "demos.npz"
+    assert run("sac_baseline.py", *small, "--total-timesteps", 200, "--save-demos", demos, "--output-dir", tmp_path / "sac").returncode == 0
+    flags = [*small, "--demos", demos, "--hidden-dim", 8, "--total-timesteps", 2000, "--checkpoint-every", 200, "--output-dir"]
+    assert run("diffail.py", *flags, tmp_path / "whole").returncode == 0
+    (whole,) = (tmp_path / "whole").iterdir()
+    killed = tmp_path / "killed" / whole.name
+    for rows in (2, 7, 12):
+        command = [sys.executable, "diffail.py", *map(str, flags), str(tmp_path / "killed"), "--resume"]
+        process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (killed / "evaluations.csv").exists() or (killed / "evaluations.csv").read_text().count("\n") <= rows:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    done = run("diffail.py", *flags, tmp_path / "killed", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert (killed / "evaluations.csv").read_bytes() == (whole / "evaluations.csv").read_bytes()
+    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (killed, whole))
+    for state in (ours, theirs):
+        del state["wall_time"], state["args"]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_the_whole_pipeline_learns_the_inverted_pendulum(tmp_path):
+    small = ["--env-id", "InvertedPendulum-v4", "--sac-hidden-dim", 64, "--batch-size", 128, "--learning-starts", 500]
+    small += ["--actor-lr", 1e-3, "--critic-lr", 1e-3, "--tau", 0.02, "--gamma", 0.98]
+    small += ["--eval-every", 1000, "--eval-episodes", 3, "--output-dir", tmp_path]
+    demos = tmp_path / "InvertedPendulum-v4.npz"
+    recording = ["--target-return", 900, "--save-demos", demos, "--demo-episodes", 2]
+    expert = run("sac_baseline.py", *small, "--total-timesteps", 20_000, *recording)
+    assert expert.returncode == 0, expert.stdout + expert.stderr
+    imitation = ["--state-only", "--demos", demos, "--hidden-dim", 64, "--discriminator-lr", 3e-4]
+    imitator = run("diffail.py", *small, "--total-timesteps", 5000, *imitation)
+    assert imitator.returncode == 0, imitator.stderr
+    with np.load(demos) as file:
+        expert_return = np.mean(json.loads(file["metadata"].item())["returns"])
+    env = diffail.make_env("InvertedPendulum-v4")
+    env.action_space.seed(0)
+    lengths = []
+    for i in range(20):
+        env.reset(seed=i)
+        lengths.append(1)
+        while not env.step(env.action_space.sample())[2]:
+            lengths[-1] += 1
+    with open(next(tmp_path.glob("*diffail*/evaluations.csv")), newline="") as file:
+        returns = [float(row["mean_return"]) for row in csv.DictReader(file)]
+    assert np.mean(lengths) < 0.1 * expert_return  # a random policy; the reward is 1 a step
+    assert max(returns) >= 0.5 * expert_return, returns
+
+
+# --------------------------------------------------------------------------------------------------- the text itself
+
+
+def definitions(path: Path) -> dict[str, str]:
+    text = path.read_text()
+    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return {node.name: ast.get_source_segment(text, node) for node in nodes if node.name not in ("main", "Args")}
+
+
+def test_same_name_same_source():
+    shared = 0
+    for i, one in enumerate(SCRIPTS):
+        for other in SCRIPTS[i + 1 :]:
+            ours, theirs = definitions(one), definitions(other)
+            for name in ours.keys() & theirs.keys():
+                assert ours[name] == theirs[name], f"{name} differs between {one.name} and {other.name}"
+                shared += 1
+    assert shared >= 10
+
+
+def test_scripts_import_nothing_of_each_other_and_declare_the_pinned_requirements():
+    pins = {line for line in (HERE / "requirements.txt").read_text().splitlines() if "==" in line}
+    for path in SCRIPTS:
+        imported = {name.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import) for name in node.names}
+        assert not imported & {other.stem for other in SCRIPTS}
+        block = re.search(r"# /// script\n(.*?)# ///", path.read_text(), re.S)[1]
+        declared = set(re.findall(r'"([^"]+==[^"]+)"', block))
+        assert declared <= pins
+        assert {re.split(r"\W", pin)[0] for pin in declared} >= imported & {"torch", "gymnasium", "mujoco", "numpy", "tyro"}
+
+
+def test_readme_points_at_the_lines_it_names():
+    links = re.findall(r"\[`(\w+)\.py:(\w+(?:\.\w+)?)`\]\((\w+\.py)#L(\d+)\)", (HERE / "README.md").read_text())
+    assert len(links) >= 10
+    for script, name, file, line in links:
+        assert file == f"{script}.py"
+        text = (HERE / file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf"\s*(def|class) {name.split('.')[-1]}\b", text), f"README says {file}:{line} is {name}, it is {text!r}"

@@ -1,0 +1,62 @@
+"""Learning curves from benchmark/results/*.csv, with the expert's line and the paper's curve, to benchmark/figures/*.png.
+
+    pip install -r benchmark/requirements.txt
+    python benchmark/plot.py
+"""
+import csv
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+
+matplotlib.use("agg")
+HERE = Path(__file__).parent
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"  # Okabe and Ito: told apart by colour-blind readers
+STYLES = {"paper": (BLUE, "-", "reward form `paper`"), "released": (ORANGE, "--", "reward form `released`")}
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def plot_setting(env_id: str, setting: str, runs: list[tuple[dict, list[dict]]], paper: list[dict]) -> Path:
+    """One panel: every run of ours in thousands of steps against the mean return, the expert's line, the paper's curve."""
+    body = env_id.split("-v")[0]
+    figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    theirs = [row for row in paper if (row["env"], row["setting"], row["algorithm"]) == (body, setting, "DiffAIL")]
+    axes.plot([int(r["step"]) / 1000 for r in theirs], [float(r["mean_return"]) for r in theirs], ":", color=GREY, lw=2.5)
+    axes.annotate("the paper's DiffAIL\n(mean of 5 seeds)", (420, 4780), color=GREY, ha="center", va="top", fontsize=12)
+    for config, rows in runs:
+        colour, line, label = STYLES[config["args"]["reward_form"]]
+        axes.plot([int(r["step"]) / 1000 for r in rows], [float(r["mean_return"]) for r in rows], line, color=colour, lw=2.2, label=label)
+    expert = runs[0][0]["expert_return"]
+    axes.axhline(expert, color=GREEN, lw=1.8)
+    axes.annotate(f"expert, {expert:.0f}", (0, expert), xytext=(0, 4), textcoords="offset points", color=GREEN, fontsize=12)
+    axes.set(xlabel="environment steps (thousands)", ylabel="return", title=f"{env_id}, {setting}, 1 trajectory, seed 1")
+    axes.legend(loc="lower right", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    path = HERE / "figures" / f"{env_id}__{setting}.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def main():
+    plt.rcParams.update({"font.size": 13, "axes.titlesize": 14})
+    paper = read_csv(HERE / "paper" / "learning_curves.csv")
+    panels = defaultdict(list)
+    for path in sorted((HERE / "results").glob("*__diffail__*.csv")):
+        config = json.loads(path.with_suffix(".json").read_text())
+        setting = "state-only" if config["args"]["state_only"] else "state-action"
+        panels[config["args"]["env_id"], setting].append((config, read_csv(path)))
+    (HERE / "figures").mkdir(exist_ok=True)
+    for (env_id, setting), runs in panels.items():
+        print(plot_setting(env_id, setting, runs, paper))
+
+
+if __name__ == "__main__":
+    main()
