@@ -105,117 +105,8 @@ ENVIRONMENT_DEFAULTS = {
     "Ant": dict(total_timesteps=500_000, grad_penalty=0.1, hidden_dim=128, normalize_observations=False),
 }
 
-# ------------------------------------------------------------------------------------------ files, input, environment
 
-
-def fail(message: str) -> NoReturn:
-    """End the program with one line on what is wrong with the user's input; exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def check_minimum(args: "Args", **minimum: float):
-    """Exit with code 2 where an argument is below its minimum (or is not a number)."""
-    for name, least in minimum.items():
-        if not getattr(args, name) >= least:
-            fail(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
-
-
-def write_file(path: Path, write: Callable[[BinaryIO], object]):
-    """Call `write` on a file beside `path` and rename it: `path` is written whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def describe_run(args: "Args", device: torch.device) -> dict:
-    """What a later reader needs to tell what made a result: arguments, command, commit, machine, versions."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return {
-        "args": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()},
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, gym, mujoco, np)},
-    }
-
-
-def make_env(env_id: str, observation_mean: np.ndarray | float = 0.0, observation_std: np.ndarray | float = 1.0) -> gym.Env:
-    """A Gymnasium environment with actions in [-1, 1] and observations (o - mean) / std in float32.
-
-    Exits with code 2 where the environment is unknown or a space is not a one-dimensional Box (bounded, for actions)."""
-    gym.logger.min_level = gym.logger.ERROR  # the paper's v4 environments are "out of date", and that is the point
-    try:
-        env = gym.make(env_id)
-    except (gym.error.Error, ModuleNotFoundError) as error:
-        fail(f"cannot make the environment {env_id!r}: {str(error).splitlines()[0]}")
-    for name, space in {"observation": env.observation_space, "action": env.action_space}.items():
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            fail(f"{env_id}: the {name} space must be a one-dimensional Box, not {space}")
-    if not env.action_space.is_bounded():
-        fail(f"{env_id}: the action space must have finite bounds, not {env.action_space}")
-    box = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
-    env = gym.wrappers.TransformObservation(env, lambda o: ((o - observation_mean) / observation_std).astype(np.float32), box)
-    return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
-
-
-def episode_seed(*key: int) -> int:
-    """A seed that is a function of (run's seed, stream, number): with one per episode, resuming needs no simulator state."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-# ---------------------------------------------------------------------------------------------------- demonstrations
-
-
-@dataclass
-class Demonstrations:
-    """Transitions of the first episodes of a file, float32 [N, dim], actions in the environment's units."""
-
-    observations: np.ndarray
-    actions: np.ndarray
-    next_observations: np.ndarray
-    expert_return: float  # mean over all episodes of the file
-
-
-def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym.Env) -> Demonstrations:
-    """Read the first `num_trajectories` episodes of an .npz file written by sac_baseline.py.
-
-    Exits with code 2 where the file is missing, broken, not finite, of another environment, or holds too few episodes."""
-    if not path.exists():
-        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.npz"))) or "none"
-        make = f"python sac_baseline.py --env-id {env_id} --save-demos {path}"
-        fail(f"no demonstrations at {path} (there are: {known}); to make them: {make}")
-    n, box, bounds = -1, env.observation_space.shape, env.unwrapped.action_space
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            n = file["rewards"].size
-            expected = {"observations": (n, *box), "actions": (n, *bounds.shape), "next_observations": (n, *box)}
-            expected |= {"rewards": (n,), "terminations": (n,), "truncations": (n,)}
-            data, metadata = {name: file[name] for name in expected}, json.loads(file["metadata"].item())
-            recorded_env_id, expert_return = str(metadata["env_id"]), float(np.mean(metadata["returns"]))
-    except Exception as error:  # what a damaged archive raises is open-ended
-        fail(f"{path} is not a whole demonstration file: {type(error).__name__} {str(error).splitlines()[:1]}")
-    if recorded_env_id != env_id:
-        fail(f"{path} was recorded in {recorded_env_id}, not in {env_id}")
-    for name, shape in expected.items():
-        dtype = np.dtype(bool if name in ("terminations", "truncations") else np.float32)
-        if n == 0 or data[name].shape != shape or data[name].dtype != dtype:
-            fail(f"{path}: {name} is {data[name].dtype} {data[name].shape}; {env_id} asks for {dtype} {shape}, and at least one transition")
-        if not np.isfinite(data[name]).all():
-            fail(f"{path}: {name} has values that are not finite")
-    if (data["actions"] < bounds.low - 1e-5).any() or (data["actions"] > bounds.high + 1e-5).any():
-        fail(f"{path}: some actions are outside the bounds of {env_id}")
-    ends = np.flatnonzero(data["terminations"] | data["truncations"]) + 1
-    if num_trajectories > len(ends):
-        fail(f"{path} holds {len(ends)} episodes, --num-trajectories asks for {num_trajectories}")
-    used = slice(ends[num_trajectories - 1])
-    return Demonstrations(data["observations"][used], data["actions"][used], data["next_observations"][used], expert_return)
-
-
-# ------------------------------------------------------------------------------------------------------ discriminator
+# ------------------------------------------------------------------------------------ discriminator and surrogate reward
 
 
 def noise_schedule(name: str, steps: int) -> Tensor:
@@ -371,7 +262,7 @@ def surrogate_reward(discriminator: DiffusionDiscriminator, x: Tensor, noise: Te
     return -torch.log(one_minus_d.clamp(min=1e-30))
 
 
-# --------------------------------------------------------------------------------------------------------------- SAC
+# ------------------------------------------------------------------------------------------------------------------- SAC
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -467,7 +358,31 @@ class ReplayBuffer:
         return self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)].split(self.widths, dim=1)
 
 
-# -------------------------------------------------------------------------------------------------------- evaluation
+# -------------------------------------------------------------------------------------------- environment and evaluation
+
+
+def make_env(env_id: str, observation_mean: np.ndarray | float = 0.0, observation_std: np.ndarray | float = 1.0) -> gym.Env:
+    """A Gymnasium environment with actions in [-1, 1] and observations (o - mean) / std in float32.
+
+    Exits with code 2 where the environment is unknown or a space is not a one-dimensional Box (bounded, for actions)."""
+    gym.logger.min_level = gym.logger.ERROR  # the paper's v4 environments are "out of date", and that is the point
+    try:
+        env = gym.make(env_id)
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        fail(f"cannot make the environment {env_id!r}: {str(error).splitlines()[0]}")
+    for name, space in {"observation": env.observation_space, "action": env.action_space}.items():
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            fail(f"{env_id}: the {name} space must be a one-dimensional Box, not {space}")
+    if not env.action_space.is_bounded():
+        fail(f"{env_id}: the action space must have finite bounds, not {env.action_space}")
+    box = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+    env = gym.wrappers.TransformObservation(env, lambda o: ((o - observation_mean) / observation_std).astype(np.float32), box)
+    return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+
+
+def episode_seed(*key: int) -> int:
+    """A seed that is a function of (run's seed, stream, number): with one per episode, resuming needs no simulator state."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def play_episode(actor: Actor, env: gym.Env, seed: int) -> dict[str, np.ndarray]:
@@ -498,6 +413,122 @@ def write_evaluations(path: Path, evaluations: list):
     lines += [f"{step},{mean:.3f},{std:.3f},{length:.1f}" for step, mean, std, length in evaluations]
     write_file(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
 
+
+# ------------------------------------------------------------------------------------------------------- files and input
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with one line on what is wrong with the user's input; exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_minimum(args: Args, **minimum: float):
+    """Exit with code 2 where an argument is below its minimum (or is not a number)."""
+    for name, least in minimum.items():
+        if not getattr(args, name) >= least:
+            fail(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object]):
+    """Call `write` on a file beside `path` and rename it: `path` is written whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def describe_run(args: Args, device: torch.device) -> dict:
+    """What a later reader needs to tell what made a result: arguments, command, commit, machine, versions."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {
+        "args": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()},
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, gym, mujoco, np)},
+    }
+
+
+def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, args: dict, **counters):
+    """Write all that a run goes on from. At the end of an episode, that is all: no simulator state, no stream of its own."""
+    state = {name: part.state_dict() for name, part in learned.items()} | counters | {"args": args}
+    state |= {"rows": buffer.rows[: buffer.size].clone(), "position": buffer.position, "rng": torch.get_rng_state()}
+    state |= {"device_rng": torch.cuda.get_rng_state() if buffer.rows.is_cuda else None}
+    write_file(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, args: dict) -> dict:
+    """Restore what save_checkpoint wrote and return it. Exits with code 2 where the file is damaged or was made with other arguments."""
+    try:
+        state = torch.load(path, map_location=buffer.rows.device, weights_only=True)
+        changed = [name for name, value in args.items() if name not in MAY_CHANGE_ON_RESUME and value != state["args"][name]]
+    except Exception:  # what a damaged archive raises is open-ended
+        fail(f"{path} is not a whole checkpoint of this script; it is left as it is")
+    if changed:
+        fail(f"{path} was made with another {', '.join(changed)}; --resume needs the same arguments")
+    for name, part in learned.items():
+        part.load_state_dict(state[name])
+    buffer.position, buffer.size = state["position"], len(state["rows"])
+    buffer.rows[: buffer.size] = state["rows"]
+    torch.set_rng_state(state["rng"].cpu())
+    if buffer.rows.is_cuda:
+        torch.cuda.set_rng_state(state["device_rng"].cpu())
+    return state
+
+
+@dataclass
+class Demonstrations:
+    """Transitions of the first episodes of a file, float32 [N, dim], actions in the environment's units."""
+
+    observations: np.ndarray
+    actions: np.ndarray
+    next_observations: np.ndarray
+    expert_return: float  # mean over all episodes of the file
+
+
+def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym.Env) -> Demonstrations:
+    """Read the first `num_trajectories` episodes of an .npz file written by sac_baseline.py.
+
+    Exits with code 2 where the file is missing, broken, not finite, of another environment, or holds too few episodes."""
+    if not path.exists():
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.npz"))) or "none"
+        make = f"python sac_baseline.py --env-id {env_id} --save-demos {path}"
+        fail(f"no demonstrations at {path} (there are: {known}); to make them: {make}")
+    n, box, bounds = -1, env.observation_space.shape, env.unwrapped.action_space
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            n = file["rewards"].size
+            expected = {"observations": (n, *box), "actions": (n, *bounds.shape), "next_observations": (n, *box)}
+            expected |= {"rewards": (n,), "terminations": (n,), "truncations": (n,)}
+            data, metadata = {name: file[name] for name in expected}, json.loads(file["metadata"].item())
+            recorded_env_id, expert_return = str(metadata["env_id"]), float(np.mean(metadata["returns"]))
+    except Exception as error:  # what a damaged archive raises is open-ended
+        fail(f"{path} is not a whole demonstration file: {type(error).__name__} {str(error).splitlines()[:1]}")
+    if recorded_env_id != env_id:
+        fail(f"{path} was recorded in {recorded_env_id}, not in {env_id}")
+    for name, shape in expected.items():
+        dtype = np.dtype(bool if name in ("terminations", "truncations") else np.float32)
+        if n == 0 or data[name].shape != shape or data[name].dtype != dtype:
+            fail(f"{path}: {name} is {data[name].dtype} {data[name].shape}; {env_id} asks for {dtype} {shape}, and at least one transition")
+        if not np.isfinite(data[name]).all():
+            fail(f"{path}: {name} has values that are not finite")
+    if (data["actions"] < bounds.low - 1e-5).any() or (data["actions"] > bounds.high + 1e-5).any():
+        fail(f"{path}: some actions are outside the bounds of {env_id}")
+    ends = np.flatnonzero(data["terminations"] | data["truncations"]) + 1
+    if num_trajectories > len(ends):
+        fail(f"{path} holds {len(ends)} episodes, --num-trajectories asks for {num_trajectories}")
+    used = slice(ends[num_trajectories - 1])
+    return Demonstrations(data["observations"][used], data["actions"][used], data["next_observations"][used], expert_return)
+
+
+# -------------------------------------------------------------------------------------------------------------- training
 
 TRAINING, EVALUATION = range(2)  # streams of episode seeds
 MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "demos", "total_timesteps", "device", "threads", "checkpoint_every"}
@@ -551,51 +582,30 @@ def main(args: Args):
     actor = Actor(observation_dim, action_dim, args.sac_hidden_dim).to(device)
     critic = TwinCritic(observation_dim, action_dim, args.sac_hidden_dim).to(device)
     target_critic = copy.deepcopy(critic)
-    log_alpha = torch.tensor(math.log(args.initial_temperature), device=device, requires_grad=True)
+    temperature = nn.ParameterDict({"log_alpha": torch.tensor(math.log(args.initial_temperature))}).to(device)
+    log_alpha = temperature["log_alpha"]
     target_entropy = -action_dim / 2
     betas = (args.sac_beta1, 0.999)
     discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=args.discriminator_lr, fused=True)
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.actor_lr, betas=betas, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, betas=betas, fused=True)
-    alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.actor_lr, betas=betas, fused=True)
+    alpha_optimizer = torch.optim.Adam(temperature.parameters(), lr=args.actor_lr, betas=betas, fused=True)
     buffer = ReplayBuffer(args.buffer_size, (observation_dim, action_dim, observation_dim), device)
     learned = {
         "discriminator": discriminator, "actor": actor, "critic": critic, "target_critic": target_critic,
+        "temperature": temperature,
         "discriminator_optimizer": discriminator_optimizer, "actor_optimizer": actor_optimizer,
         "critic_optimizer": critic_optimizer, "alpha_optimizer": alpha_optimizer,
     }  # fmt: skip
 
     start, episode, wall_time, evaluations = 0, 0, 0.0, []
     if args.resume and checkpoint_path.exists():
-        try:
-            state = torch.load(checkpoint_path, map_location=device, weights_only=True)
-            changed = [name for name, value in config["args"].items() if name not in MAY_CHANGE_ON_RESUME and value != state["args"][name]]
-        except Exception:  # what a damaged archive raises is open-ended
-            fail(f"{checkpoint_path} is not a whole checkpoint of this script; it is left as it is")
-        if changed:
-            fail(f"{checkpoint_path} was made with another {', '.join(changed)}; --resume needs the same arguments")
-        for name, part in learned.items():
-            part.load_state_dict(state[name])
-        log_alpha.data.copy_(state["log_alpha"])
-        buffer.position, buffer.size = state["position"], len(state["rows"])
-        buffer.rows[: buffer.size] = state["rows"]
+        state = load_checkpoint(checkpoint_path, learned, buffer, config["args"])
         start, episode, wall_time, evaluations = (state[name] for name in ("step", "episode", "wall_time", "evaluations"))
-        torch.set_rng_state(state["rng"].cpu())
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state["device_rng"].cpu())
         if start >= args.total_timesteps:
             print(f"{run_dir} has finished its {start:,} steps already")
             return
         config["resumed_at_step"] = start
-
-    def save_checkpoint(step: int):
-        # Only where an episode ends: then neither the simulator nor its random stream is part of the state.
-        state = {name: part.state_dict() for name, part in learned.items()} | {"log_alpha": log_alpha.detach()}
-        state |= {"rows": buffer.rows[: buffer.size].clone(), "position": buffer.position, "rng": torch.get_rng_state()}
-        state |= {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations}
-        state |= {"args": config["args"], "device_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
-        write_file(checkpoint_path, lambda file: torch.save(state, file))
-
     write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
     writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
     progress = tqdm(total=args.total_timesteps, initial=start, unit=" steps", disable=None, dynamic_ncols=True)
@@ -683,13 +693,15 @@ def main(args: Args):
             progress.write(f"{step:>9,} steps: return {mean_return:8.1f} ± {std_return:6.1f}, {percent:5.1f} % of the expert's")
             progress.set_postfix_str(f"return {mean_return:.0f}, {percent:.1f} % of the expert's")
         if done and step - last_checkpoint >= args.checkpoint_every:
-            save_checkpoint(step)
+            counters = {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations}
+            save_checkpoint(checkpoint_path, learned, buffer, config["args"], **counters)
             last_checkpoint = step
 
     # The end: policy, checkpoint, summary.
     progress.close()
     writer.close()
-    save_checkpoint(step)
+    counters = {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations}
+    save_checkpoint(checkpoint_path, learned, buffer, config["args"], **counters)
     policy = {"actor": actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}
     policy |= {"observation_mean": torch.from_numpy(mean), "observation_std": torch.from_numpy(std)}
     write_file(run_dir / "policy.pt", lambda file: torch.save(policy, file))

@@ -78,69 +78,7 @@ class Args:
     threads: int = 1  # of PyTorch on the CPU; several runs side by side finish more steps than one with several threads
 
 
-# ------------------------------------------------------------------------------------------ files, input, environment
-
-
-def fail(message: str) -> NoReturn:
-    """End the program with one line on what is wrong with the user's input; exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def check_minimum(args: "Args", **minimum: float):
-    """Exit with code 2 where an argument is below its minimum (or is not a number)."""
-    for name, least in minimum.items():
-        if not getattr(args, name) >= least:
-            fail(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
-
-
-def write_file(path: Path, write: Callable[[BinaryIO], object]):
-    """Call `write` on a file beside `path` and rename it: `path` is written whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def describe_run(args: "Args", device: torch.device) -> dict:
-    """What a later reader needs to tell what made a result: arguments, command, commit, machine, versions."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return {
-        "args": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()},
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, gym, mujoco, np)},
-    }
-
-
-def make_env(env_id: str, observation_mean: np.ndarray | float = 0.0, observation_std: np.ndarray | float = 1.0) -> gym.Env:
-    """A Gymnasium environment with actions in [-1, 1] and observations (o - mean) / std in float32.
-
-    Exits with code 2 where the environment is unknown or a space is not a one-dimensional Box (bounded, for actions)."""
-    gym.logger.min_level = gym.logger.ERROR  # the paper's v4 environments are "out of date", and that is the point
-    try:
-        env = gym.make(env_id)
-    except (gym.error.Error, ModuleNotFoundError) as error:
-        fail(f"cannot make the environment {env_id!r}: {str(error).splitlines()[0]}")
-    for name, space in {"observation": env.observation_space, "action": env.action_space}.items():
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            fail(f"{env_id}: the {name} space must be a one-dimensional Box, not {space}")
-    if not env.action_space.is_bounded():
-        fail(f"{env_id}: the action space must have finite bounds, not {env.action_space}")
-    box = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
-    env = gym.wrappers.TransformObservation(env, lambda o: ((o - observation_mean) / observation_std).astype(np.float32), box)
-    return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
-
-
-def episode_seed(*key: int) -> int:
-    """A seed that is a function of (run's seed, stream, number): with one per episode, resuming needs no simulator state."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-# --------------------------------------------------------------------------------------------------------------- SAC
+# ------------------------------------------------------------------------------------------------------------------- SAC
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -236,7 +174,31 @@ class ReplayBuffer:
         return self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)].split(self.widths, dim=1)
 
 
-# -------------------------------------------------------------------------------------------------------- evaluation
+# -------------------------------------------------------------------------------------------- environment and evaluation
+
+
+def make_env(env_id: str, observation_mean: np.ndarray | float = 0.0, observation_std: np.ndarray | float = 1.0) -> gym.Env:
+    """A Gymnasium environment with actions in [-1, 1] and observations (o - mean) / std in float32.
+
+    Exits with code 2 where the environment is unknown or a space is not a one-dimensional Box (bounded, for actions)."""
+    gym.logger.min_level = gym.logger.ERROR  # the paper's v4 environments are "out of date", and that is the point
+    try:
+        env = gym.make(env_id)
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        fail(f"cannot make the environment {env_id!r}: {str(error).splitlines()[0]}")
+    for name, space in {"observation": env.observation_space, "action": env.action_space}.items():
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            fail(f"{env_id}: the {name} space must be a one-dimensional Box, not {space}")
+    if not env.action_space.is_bounded():
+        fail(f"{env_id}: the action space must have finite bounds, not {env.action_space}")
+    box = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+    env = gym.wrappers.TransformObservation(env, lambda o: ((o - observation_mean) / observation_std).astype(np.float32), box)
+    return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+
+
+def episode_seed(*key: int) -> int:
+    """A seed that is a function of (run's seed, stream, number): with one per episode, resuming needs no simulator state."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def play_episode(actor: Actor, env: gym.Env, seed: int) -> dict[str, np.ndarray]:
@@ -268,6 +230,75 @@ def write_evaluations(path: Path, evaluations: list):
     write_file(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
 
 
+# ------------------------------------------------------------------------------------------------------- files and input
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with one line on what is wrong with the user's input; exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_minimum(args: Args, **minimum: float):
+    """Exit with code 2 where an argument is below its minimum (or is not a number)."""
+    for name, least in minimum.items():
+        if not getattr(args, name) >= least:
+            fail(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object]):
+    """Call `write` on a file beside `path` and rename it: `path` is written whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def describe_run(args: Args, device: torch.device) -> dict:
+    """What a later reader needs to tell what made a result: arguments, command, commit, machine, versions."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {
+        "args": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()},
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, gym, mujoco, np)},
+    }
+
+
+def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, args: dict, **counters):
+    """Write all that a run goes on from. At the end of an episode, that is all: no simulator state, no stream of its own."""
+    state = {name: part.state_dict() for name, part in learned.items()} | counters | {"args": args}
+    state |= {"rows": buffer.rows[: buffer.size].clone(), "position": buffer.position, "rng": torch.get_rng_state()}
+    state |= {"device_rng": torch.cuda.get_rng_state() if buffer.rows.is_cuda else None}
+    write_file(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, args: dict) -> dict:
+    """Restore what save_checkpoint wrote and return it. Exits with code 2 where the file is damaged or was made with other arguments."""
+    try:
+        state = torch.load(path, map_location=buffer.rows.device, weights_only=True)
+        changed = [name for name, value in args.items() if name not in MAY_CHANGE_ON_RESUME and value != state["args"][name]]
+    except Exception:  # what a damaged archive raises is open-ended
+        fail(f"{path} is not a whole checkpoint of this script; it is left as it is")
+    if changed:
+        fail(f"{path} was made with another {', '.join(changed)}; --resume needs the same arguments")
+    for name, part in learned.items():
+        part.load_state_dict(state[name])
+    buffer.position, buffer.size = state["position"], len(state["rows"])
+    buffer.rows[: buffer.size] = state["rows"]
+    torch.set_rng_state(state["rng"].cpu())
+    if buffer.rows.is_cuda:
+        torch.cuda.set_rng_state(state["device_rng"].cpu())
+    return state
+
+
 def record_demonstrations(path: Path, actor: Actor, env: gym.Env, args: Args, config: dict) -> np.ndarray:
     """Write episodes of the deterministic policy to a new .npz file, and return their returns, [demo_episodes]."""
     seeds = [episode_seed(args.seed, DEMONSTRATION, i) for i in range(args.demo_episodes)]
@@ -281,6 +312,8 @@ def record_demonstrations(path: Path, actor: Actor, env: gym.Env, args: Args, co
     write_file(path, lambda file: np.savez_compressed(file, metadata=json.dumps(metadata), **arrays))
     return returns
 
+
+# -------------------------------------------------------------------------------------------------------------- training
 
 TRAINING, EVALUATION, DEMONSTRATION = range(3)  # streams of episode seeds
 MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "checkpoint_every"}
@@ -315,48 +348,26 @@ def main(args: Args):
     actor = Actor(observation_dim, action_dim, args.sac_hidden_dim).to(device)
     critic = TwinCritic(observation_dim, action_dim, args.sac_hidden_dim).to(device)
     target_critic = copy.deepcopy(critic)
-    log_alpha = torch.zeros((), device=device, requires_grad=True)
+    temperature = nn.ParameterDict({"log_alpha": torch.zeros(())}).to(device)
+    log_alpha = temperature["log_alpha"]
     target_entropy = -action_dim
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.actor_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
-    alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.actor_lr, fused=True)
+    alpha_optimizer = torch.optim.Adam(temperature.parameters(), lr=args.actor_lr, fused=True)
     buffer = ReplayBuffer(args.buffer_size, (observation_dim, action_dim, observation_dim, 1, 1), device)
     learned = {
-        "actor": actor, "critic": critic, "target_critic": target_critic, "actor_optimizer": actor_optimizer,
+        "actor": actor, "critic": critic, "target_critic": target_critic, "temperature": temperature, "actor_optimizer": actor_optimizer,
         "critic_optimizer": critic_optimizer, "alpha_optimizer": alpha_optimizer,
     }  # fmt: skip
 
     start, episode, wall_time, evaluations = 0, 0, 0.0, []
     if args.resume and checkpoint_path.exists():
-        try:
-            state = torch.load(checkpoint_path, map_location=device, weights_only=True)
-            changed = [name for name, value in config["args"].items() if name not in MAY_CHANGE_ON_RESUME and value != state["args"][name]]
-        except Exception:  # what a damaged archive raises is open-ended
-            fail(f"{checkpoint_path} is not a whole checkpoint of this script; it is left as it is")
-        if changed:
-            fail(f"{checkpoint_path} was made with another {', '.join(changed)}; --resume needs the same arguments")
-        for name, part in learned.items():
-            part.load_state_dict(state[name])
-        log_alpha.data.copy_(state["log_alpha"])
-        buffer.position, buffer.size = state["position"], len(state["rows"])
-        buffer.rows[: buffer.size] = state["rows"]
+        state = load_checkpoint(checkpoint_path, learned, buffer, config["args"])
         start, episode, wall_time, evaluations = (state[name] for name in ("step", "episode", "wall_time", "evaluations"))
-        torch.set_rng_state(state["rng"].cpu())
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state["device_rng"].cpu())
         if start >= args.total_timesteps:
             print(f"{run_dir} has finished its {start:,} steps already")
             return
         config["resumed_at_step"] = start
-
-    def save_checkpoint(step: int):
-        # Only where an episode ends: then neither the simulator nor its random stream is part of the state.
-        state = {name: part.state_dict() for name, part in learned.items()} | {"log_alpha": log_alpha.detach()}
-        state |= {"rows": buffer.rows[: buffer.size].clone(), "position": buffer.position, "rng": torch.get_rng_state()}
-        state |= {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations}
-        state |= {"args": config["args"], "device_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
-        write_file(checkpoint_path, lambda file: torch.save(state, file))
-
     write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
     writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
     progress = tqdm(total=args.total_timesteps, initial=start, unit=" steps", disable=None, dynamic_ncols=True)
@@ -425,13 +436,15 @@ def main(args: Args):
             if args.target_return is not None and mean_return >= args.target_return:
                 break
         if done and step - last_checkpoint >= args.checkpoint_every:
-            save_checkpoint(step)
+            counters = {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations}
+            save_checkpoint(checkpoint_path, learned, buffer, config["args"], **counters)
             last_checkpoint = step
 
     # The end: policy, checkpoint, summary, demonstrations.
     progress.close()
     writer.close()
-    save_checkpoint(step)
+    counters = {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations}
+    save_checkpoint(checkpoint_path, learned, buffer, config["args"], **counters)
     policy = {"actor": actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}
     policy |= {"observation_mean": torch.zeros(observation_dim), "observation_std": torch.ones(observation_dim)}
     write_file(run_dir / "policy.pt", lambda file: torch.save(policy, file))
