@@ -531,7 +531,7 @@ def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym
 # -------------------------------------------------------------------------------------------------------------- training
 
 TRAINING, EVALUATION = range(2)  # streams of episode seeds
-MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "demos", "total_timesteps", "device", "threads", "checkpoint_every"}
+MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "checkpoint_every"}
 
 
 def main(args: Args):

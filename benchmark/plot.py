@@ -10,11 +10,12 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 
 matplotlib.use("agg")
 HERE = Path(__file__).parent
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"  # Okabe and Ito: told apart by colour-blind readers
-STYLES = {"paper": (BLUE, "-", "reward form `paper`"), "released": (ORANGE, "--", "reward form `released`")}
+STYLES = {"paper": (BLUE, "-", "this code, reward form “paper”"), "released": (ORANGE, "--", "this code, reward form “released”")}
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -22,19 +23,24 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def curve(rows: list[dict[str, str]]) -> tuple[list[float], list[float]]:
+    """Thousands of steps and mean returns."""
+    return [int(row["step"]) / 1000 for row in rows], [float(row["mean_return"]) for row in rows]
+
+
 def plot_setting(env_id: str, setting: str, runs: list[tuple[dict, list[dict]]], paper: list[dict]) -> Path:
-    """One panel: every run of ours in thousands of steps against the mean return, the expert's line, the paper's curve."""
+    """One panel: every run of ours, the expert's line, the paper's curve."""
     body = env_id.split("-v")[0]
     figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
     theirs = [row for row in paper if (row["env"], row["setting"], row["algorithm"]) == (body, setting, "DiffAIL")]
-    axes.plot([int(r["step"]) / 1000 for r in theirs], [float(r["mean_return"]) for r in theirs], ":", color=GREY, lw=2.5)
-    axes.annotate("the paper's DiffAIL\n(mean of 5 seeds)", (420, 4780), color=GREY, ha="center", va="top", fontsize=12)
+    axes.plot(*curve(theirs), ":", color=GREY, lw=2.5, label="the paper's, mean of 5 seeds")
     for config, rows in runs:
         colour, line, label = STYLES[config["args"]["reward_form"]]
-        axes.plot([int(r["step"]) / 1000 for r in rows], [float(r["mean_return"]) for r in rows], line, color=colour, lw=2.2, label=label)
-    expert = runs[0][0]["expert_return"]
+        axes.plot(*curve(rows), line, color=colour, lw=2.2, label=label)
+    with np.load(HERE.parent / "demos" / f"{env_id}.npz", allow_pickle=False) as file:
+        expert = np.mean(json.loads(file["metadata"].item())["returns"])
     axes.axhline(expert, color=GREEN, lw=1.8)
-    axes.annotate(f"expert, {expert:.0f}", (0, expert), xytext=(0, 4), textcoords="offset points", color=GREEN, fontsize=12)
+    axes.annotate(f"expert, {expert:.0f}", (500, expert), ha="right", xytext=(0, 4), textcoords="offset points", color=GREEN, fontsize=12)
     axes.set(xlabel="environment steps (thousands)", ylabel="return", title=f"{env_id}, {setting}, 1 trajectory, seed 1")
     axes.legend(loc="lower right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
