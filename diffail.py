@@ -39,7 +39,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NoReturn
+from typing import Literal, NoReturn
 
 import gymnasium as gym
 import mujoco
@@ -61,7 +61,7 @@ class Args:
     num_trajectories: int = 1  # demonstrated episodes to learn from, the first ones of the file
     seed: int = 1  # of everything random: networks, exploration, minibatches, noise, environment
 
-    # Where None stands, the paper's value for the environment, see ENVIRONMENT_DEFAULTS
+    # Where None stands, the released value for the environment, see ENVIRONMENT_DEFAULTS
     total_timesteps: int | None = None  # environment steps
     hidden_dim: int | None = None  # units in each of the three hidden layers of the noise predictor
     grad_penalty: float | None = None  # weight lambda of the gradient penalty
@@ -97,7 +97,7 @@ class Args:
     threads: int = 1  # of PyTorch on the CPU; several runs side by side finish more steps than one with several threads
 
 
-# The released hyperparameters, by body; any other environment gets HalfCheetah's.
+# The released hyperparameters by body, with the paper's 500,000 steps for Ant (released: 1,000,000). Others get HalfCheetah's.
 ENVIRONMENT_DEFAULTS = {
     "HalfCheetah": dict(total_timesteps=500_000, grad_penalty=0.1, hidden_dim=128, normalize_observations=False),
     "Hopper": dict(total_timesteps=750_000, grad_penalty=0.0, hidden_dim=256, normalize_observations=True),
@@ -150,7 +150,7 @@ class Mish(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y: Tensor, grad_dy: Tensor) -> Tensor:
         x, s, v, dw, dy = ctx.saved_tensors
-        ddy = (dw / v).sub_(s, alpha=3).add_(1).mul_(x).add_(2).mul_(dw)  # 2 w' + x w''
+        ddy = (dw / v).sub_(s, alpha=3).add_(1).mul_(x).add_(2).mul_(dw)  # 2 w' + x w'' where w'' = w' (1 - 3s + w' / v)
         return ddy.mul_(grad_dy).addcmul_(grad_y, dy)
 
 
@@ -161,7 +161,7 @@ def mish(x: Tensor) -> tuple[Tensor, Tensor | None]:
     if torch.is_grad_enabled():
         return Mish.apply(x)
     s = x.sigmoid()
-    m = (2 - s).mul_(s)
+    m = (2 - s).mul_(s)  # 1 - c^2, so w = m / (2 - m)
     return x.mul_(m).div_(m.neg_().add_(2)), None
 
 
@@ -215,11 +215,14 @@ class DiffusionDiscriminator(nn.Module):
         return torch.exp(-self.diffusion_loss(x, noise, t))
 
     def gradient(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Gradient of D(x, eps, t) with respect to x, [B, d]: the chain rule from the last layer to the first."""
+        """Gradient of D(x, eps, t) with respect to x, [B, d]: the chain rule from the last layer to the first.
+
+        Written out, because autograd's second derivative of the penalty costs half as much again."""
         error, slopes = self.denoising_error(x, noise, t)
         grad = error @ self.noise_predictor.out.weight
         for layer, slope in zip(reversed(self.noise_predictor.hidden), reversed(slopes)):
             grad = (grad * slope) @ layer.weight
+        # The last columns of grad belong to the time embedding.
         loss_grad = 2 / x.shape[1] * self.sqrt_alpha_bar[t] * grad[:, : x.shape[1]]
         return -torch.exp(-error.square().mean(-1, keepdim=True)) * loss_grad
 
@@ -230,7 +233,7 @@ class DiffusionDiscriminator(nn.Module):
 
 
 def log_one_minus_exp(loss: Tensor) -> Tensor:
-    """log(1 - exp(-L)) for L >= 0; at least -69, and with finite gradients. 1 - exp(-L) would lose all its digits near L = 0."""
+    """log(1 - exp(-L)) for L >= 0; at least -69.08, and with finite gradients. 1 - exp(-L) would lose all its digits near L = 0."""
     return torch.log(-torch.expm1(-loss.clamp(min=1e-30)))
 
 
@@ -368,13 +371,15 @@ def make_env(env_id: str, observation_mean: np.ndarray | float = 0.0, observatio
     gym.logger.min_level = gym.logger.ERROR  # the paper's v4 environments are "out of date", and that is the point
     try:
         env = gym.make(env_id)
-    except (gym.error.Error, ModuleNotFoundError) as error:
-        fail(f"cannot make the environment {env_id!r}: {str(error).splitlines()[0]}")
+    except Exception as error:  # environments fail in ways of their own
+        fail(f"cannot make the environment {env_id!r}: {' '.join(str(error).split())}")
     for name, space in {"observation": env.observation_space, "action": env.action_space}.items():
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             fail(f"{env_id}: the {name} space must be a one-dimensional Box, not {space}")
-    if not env.action_space.is_bounded():
-        fail(f"{env_id}: the action space must have finite bounds, not {env.action_space}")
+        if not np.issubdtype(space.dtype, np.floating):
+            fail(f"{env_id}: the {name} space must hold floating-point numbers, not {space.dtype}")
+    if not env.action_space.is_bounded() or (env.action_space.low >= env.action_space.high).any():
+        fail(f"{env_id}: the action space must have finite bounds, the lower ones below the upper, not {env.action_space}")
     box = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
     env = gym.wrappers.TransformObservation(env, lambda o: ((o - observation_mean) / observation_std).astype(np.float32), box)
     return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
@@ -407,6 +412,11 @@ def evaluate(actor: Actor, env: gym.Env, seeds: list[int]) -> tuple[float, float
     return float(np.mean(returns)), float(np.std(returns)), float(np.mean([len(r) for r in rewards]))
 
 
+def share_of_expert(mean_return: float, expert_return: float) -> str:
+    """A return beside the expert's: in per cent, where that means something."""
+    return f"{100 * mean_return / expert_return:.1f} % of the expert's" if expert_return > 0 else f"the expert's is {expert_return:.1f}"
+
+
 def write_evaluations(path: Path, evaluations: list):
     """evaluations.csv: one row per evaluation."""
     lines = ["step,mean_return,std_return,mean_length"]
@@ -423,14 +433,18 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def check_minimum(args: Args, **minimum: float):
-    """Exit with code 2 where an argument is below its minimum (or is not a number)."""
-    for name, least in minimum.items():
-        if not getattr(args, name) >= least:
-            fail(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+def check_numbers(args: Args):
+    """Exit with code 2 where a number cannot be meant: counts begin at 1, the seed, rates and weights at 0, and some end at 1."""
+    least = {"seed": 0, "initial_temperature": 1e-6, "target_return": -math.inf}
+    most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 1, "tau": 1, "sac_beta1": 0.999}
+    for name, value in vars(args).items():
+        if type(value) in (int, float):
+            low, high = least.get(name, 1 if type(value) is int else 0), most.get(name, math.inf)
+            if not (low <= value <= high and math.isfinite(value)):
+                fail(f"--{name.replace('_', '-')} is {value}, and must be a finite number from {low} to {high}")
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], object]):
+def write_file(path: Path, write: Callable):
     """Call `write` on a file beside `path` and rename it: `path` is written whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
@@ -452,25 +466,26 @@ def describe_run(args: Args, device: torch.device) -> dict:
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, gym, mujoco, np)},
+        "versions": {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in (torch, gym, mujoco, np)},
     }
 
 
-def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, args: dict, **counters):
-    """Write all that a run goes on from. At the end of an episode, that is all: no simulator state, no stream of its own."""
-    state = {name: part.state_dict() for name, part in learned.items()} | counters | {"args": args}
+def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict, **counters):
+    """Write all that a run goes on from. At the end of an episode that is all: no simulator state, and no random stream of its own."""
+    state = {name: part.state_dict() for name, part in learned.items()} | counters | {"config": config}
     state |= {"rows": buffer.rows[: buffer.size].clone(), "position": buffer.position, "rng": torch.get_rng_state()}
     state |= {"device_rng": torch.cuda.get_rng_state() if buffer.rows.is_cuda else None}
     write_file(path, lambda file: torch.save(state, file))
 
 
-def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, args: dict) -> dict:
-    """Restore what save_checkpoint wrote and return it. Exits with code 2 where the file is damaged or was made with other arguments."""
+def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict) -> dict:
+    """Restore and return what save_checkpoint wrote. Exits with code 2 where the file is damaged or was made with other arguments."""
     try:
         state = torch.load(path, map_location=buffer.rows.device, weights_only=True)
-        changed = [name for name, value in args.items() if name not in MAY_CHANGE_ON_RESUME and value != state["args"][name]]
+        before = state["config"]["args"]
     except Exception:  # what a damaged archive raises is open-ended
         fail(f"{path} is not a whole checkpoint of this script; it is left as it is")
+    changed = [name for name, value in config["args"].items() if name not in MAY_CHANGE_ON_RESUME and value != before.get(name)]
     if changed:
         fail(f"{path} was made with another {', '.join(changed)}; --resume needs the same arguments")
     for name, part in learned.items():
@@ -478,8 +493,10 @@ def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, args: dict)
     buffer.position, buffer.size = state["position"], len(state["rows"])
     buffer.rows[: buffer.size] = state["rows"]
     torch.set_rng_state(state["rng"].cpu())
-    if buffer.rows.is_cuda:
+    if buffer.rows.is_cuda and state["device_rng"] is not None:  # a run that moved here from a CPU has none
         torch.cuda.set_rng_state(state["device_rng"].cpu())
+    resumed = {"step": state["step"]} | {name: config[name] for name in ("command", "commit", "versions")}
+    config |= state["config"] | {"args": config["args"], "resumed": [*state["config"].get("resumed", []), resumed]}
     return state
 
 
@@ -497,11 +514,7 @@ def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym
     """Read the first `num_trajectories` episodes of an .npz file written by sac_baseline.py.
 
     Exits with code 2 where the file is missing, broken, not finite, of another environment, or holds too few episodes."""
-    if not path.exists():
-        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.npz"))) or "none"
-        make = f"python sac_baseline.py --env-id {env_id} --save-demos {path}"
-        fail(f"no demonstrations at {path} (there are: {known}); to make them: {make}")
-    n, box, bounds = -1, env.observation_space.shape, env.unwrapped.action_space
+    box, bounds = env.observation_space.shape, env.unwrapped.action_space
     try:
         with np.load(path, allow_pickle=False) as file:
             n = file["rewards"].size
@@ -509,8 +522,12 @@ def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym
             expected |= {"rewards": (n,), "terminations": (n,), "truncations": (n,)}
             data, metadata = {name: file[name] for name in expected}, json.loads(file["metadata"].item())
             recorded_env_id, expert_return = str(metadata["env_id"]), float(np.mean(metadata["returns"]))
+    except FileNotFoundError:
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.npz"))) or "none"
+        make = f"python sac_baseline.py --env-id {env_id} --save-demos {path}"
+        fail(f"no demonstrations at {path} (there are: {known}); to make them: {make}")
     except Exception as error:  # what a damaged archive raises is open-ended
-        fail(f"{path} is not a whole demonstration file: {type(error).__name__} {str(error).splitlines()[:1]}")
+        fail(f"{path} is not a whole demonstration file: {type(error).__name__} {' '.join(str(error).split())}")
     if recorded_env_id != env_id:
         fail(f"{path} was recorded in {recorded_env_id}, not in {env_id}")
     for name, shape in expected.items():
@@ -521,6 +538,8 @@ def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym
             fail(f"{path}: {name} has values that are not finite")
     if (data["actions"] < bounds.low - 1e-5).any() or (data["actions"] > bounds.high + 1e-5).any():
         fail(f"{path}: some actions are outside the bounds of {env_id}")
+    if not math.isfinite(expert_return):
+        fail(f"{path}: the expert's mean return in the metadata is {expert_return}")
     ends = np.flatnonzero(data["terminations"] | data["truncations"]) + 1
     if num_trajectories > len(ends):
         fail(f"{path} holds {len(ends)} episodes, --num-trajectories asks for {num_trajectories}")
@@ -540,10 +559,7 @@ def main(args: Args):
     for name, value in ENVIRONMENT_DEFAULTS.get(body, ENVIRONMENT_DEFAULTS["HalfCheetah"]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    check_minimum(args, seed=0, num_trajectories=1, total_timesteps=1, learning_starts=1, batch_size=1, buffer_size=1, hidden_dim=1)
-    check_minimum(args, sac_hidden_dim=1, diffusion_steps=1, grad_penalty=0, reward_scale=0, gamma=0, tau=0, actor_regularizer=0)
-    check_minimum(args, discriminator_lr=0, actor_lr=0, critic_lr=0, sac_beta1=0, initial_temperature=1e-6)
-    check_minimum(args, eval_every=1, eval_episodes=1, checkpoint_every=1, threads=1)
+    check_numbers(args)
     if args.learning_starts >= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} leaves nothing to learn in --total-timesteps {args.total_timesteps}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -564,17 +580,11 @@ def main(args: Args):
 
     setting = "state-only" if args.state_only else "state-action"
     run_dir = args.output_dir / f"{args.env_id}__diffail__{setting}__{args.num_trajectories}traj__s{args.seed}"
-    checkpoint_path = run_dir / "checkpoint.pt"
-    if run_dir.exists() and not args.resume:
-        fail(f"{run_dir} holds a run already: go on with it by --resume, or choose another --output-dir or --seed")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    config = describe_run(args, device)
-
     def discriminator_input(observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:
         return torch.cat([observations, next_observations if args.state_only else actions], dim=-1)
 
     low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
-    expert_actions = 2 * (demos.actions - low) / (high - low) - 1
+    expert_actions = (2 * (demos.actions - low) / (high - low) - 1).astype(np.float32)
     expert_arrays = (demos.observations - mean) / std, expert_actions, (demos.next_observations - mean) / std
     expert_x = discriminator_input(*(torch.from_numpy(array).to(device) for array in expert_arrays))
 
@@ -583,7 +593,7 @@ def main(args: Args):
     critic = TwinCritic(observation_dim, action_dim, args.sac_hidden_dim).to(device)
     target_critic = copy.deepcopy(critic)
     temperature = nn.ParameterDict({"log_alpha": torch.tensor(math.log(args.initial_temperature))}).to(device)
-    log_alpha = temperature["log_alpha"]
+    log_alpha = temperature["log_alpha"]  # in a module, to be saved and restored like the networks
     target_entropy = -action_dim / 2
     betas = (args.sac_beta1, 0.999)
     discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=args.discriminator_lr, fused=True)
@@ -591,23 +601,26 @@ def main(args: Args):
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, betas=betas, fused=True)
     alpha_optimizer = torch.optim.Adam(temperature.parameters(), lr=args.actor_lr, betas=betas, fused=True)
     buffer = ReplayBuffer(args.buffer_size, (observation_dim, action_dim, observation_dim), device)
-    learned = {
-        "discriminator": discriminator, "actor": actor, "critic": critic, "target_critic": target_critic,
-        "temperature": temperature,
-        "discriminator_optimizer": discriminator_optimizer, "actor_optimizer": actor_optimizer,
-        "critic_optimizer": critic_optimizer, "alpha_optimizer": alpha_optimizer,
-    }  # fmt: skip
+    learned = dict(discriminator=discriminator, actor=actor, critic=critic, target_critic=target_critic, temperature=temperature)
+    learned |= dict(discriminator_optimizer=discriminator_optimizer, actor_optimizer=actor_optimizer)
+    learned |= dict(critic_optimizer=critic_optimizer, alpha_optimizer=alpha_optimizer)
 
+    config, checkpoint_path = describe_run(args, device), run_dir / "checkpoint.pt"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=args.resume)
+    except FileExistsError:
+        fail(f"{run_dir} holds a run already: go on with it by --resume, or choose another --output-dir or --seed")
+    except OSError as error:
+        fail(f"cannot write to {run_dir}: {error.strerror}")
     start, episode, wall_time, evaluations = 0, 0, 0.0, []
     if args.resume and checkpoint_path.exists():
-        state = load_checkpoint(checkpoint_path, learned, buffer, config["args"])
+        state = load_checkpoint(checkpoint_path, learned, buffer, config)
         start, episode, wall_time, evaluations = (state[name] for name in ("step", "episode", "wall_time", "evaluations"))
         if start >= args.total_timesteps:
             print(f"{run_dir} has finished its {start:,} steps already")
             return
-        config["resumed_at_step"] = start
     write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
-    writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
+    writer = SummaryWriter(run_dir, purge_step=start + 1)
     progress = tqdm(total=args.total_timesteps, initial=start, unit=" steps", disable=None, dynamic_ncols=True)
     observation, _ = env.reset(seed=episode_seed(args.seed, TRAINING, episode))
     episode_return, episode_length, last_checkpoint, clock = 0.0, 0, start, time.perf_counter() - wall_time
@@ -645,18 +658,18 @@ def main(args: Args):
             noise = torch.randn(args.diffusion_steps, *x.shape, device=device)
             rewards = args.reward_scale * surrogate_reward(discriminator, x, noise, args.reward_form)
 
-            # Critics: one step on the soft Bellman error. `inputs` keeps gradients out of every other network.
+            # Critics: one step on the soft Bellman error.
             alpha = log_alpha.detach().exp()
             qf_loss = critic_loss(critic, target_critic, actor, alpha, observations, actions, next_observations, rewards, args.gamma)
             critic_optimizer.zero_grad()
-            qf_loss.backward(inputs=list(critic.parameters()))
+            qf_loss.backward()
             critic_optimizer.step()
 
-            # Actor: towards actions of high value and high entropy, with small mean and log_std.
-            policy_loss_sac, log_prob, u_mean, u_log_std = actor_loss(actor, critic, alpha, observations)
+            # Actor: towards actions of high value and high entropy. `inputs` keeps the gradient out of the critics.
+            pi_loss, log_prob, u_mean, u_log_std = actor_loss(actor, critic, alpha, observations)
             regularizer = u_mean.square().mean() + u_log_std.square().mean()
             actor_optimizer.zero_grad()
-            (policy_loss_sac + args.actor_regularizer * regularizer).backward(inputs=list(actor.parameters()))
+            (pi_loss + args.actor_regularizer * regularizer).backward(inputs=list(actor.parameters()))
             actor_optimizer.step()
 
             # Temperature: up where the entropy is below its target, down where it is above.
@@ -668,7 +681,7 @@ def main(args: Args):
 
             if step % 1_000 == 0:
                 losses = {"expert_loss": expert_loss, "policy_loss": policy_loss, "grad_penalty": penalty, "qf_loss": qf_loss}
-                losses |= {"actor_loss": policy_loss_sac, "alpha": alpha, "entropy": -log_prob.mean(), "surrogate_reward": rewards.mean()}
+                losses |= {"actor_loss": pi_loss, "alpha": alpha, "entropy": -log_prob.mean(), "surrogate_reward": rewards.mean()}
                 for name, value in losses.items():
                     writer.add_scalar(f"losses/{name}", value.item(), step)
 
@@ -688,20 +701,19 @@ def main(args: Args):
             mean_return, std_return = evaluations[-1][1:3]
             writer.add_scalar("eval/return", mean_return, step)
             writer.add_scalar("charts/SPS", step / (time.perf_counter() - clock), step)
-            percent = 100 * mean_return / demos.expert_return
-            writer.add_scalar("eval/percent_of_expert", percent, step)
-            progress.write(f"{step:>9,} steps: return {mean_return:8.1f} ± {std_return:6.1f}, {percent:5.1f} % of the expert's")
-            progress.set_postfix_str(f"return {mean_return:.0f}, {percent:.1f} % of the expert's")
+            share = share_of_expert(mean_return, demos.expert_return)
+            progress.write(f"{step:>9,} steps: return {mean_return:8.1f} ± {std_return:6.1f}, {share}")
+            progress.set_postfix_str(f"return {mean_return:.0f}, {share}")
         if done and step - last_checkpoint >= args.checkpoint_every:
             counters = {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations}
-            save_checkpoint(checkpoint_path, learned, buffer, config["args"], **counters)
+            save_checkpoint(checkpoint_path, learned, buffer, config, **counters)
             last_checkpoint = step
 
     # The end: policy, checkpoint, summary.
     progress.close()
     writer.close()
     counters = {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations}
-    save_checkpoint(checkpoint_path, learned, buffer, config["args"], **counters)
+    save_checkpoint(checkpoint_path, learned, buffer, config, **counters)
     policy = {"actor": actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}
     policy |= {"observation_mean": torch.from_numpy(mean), "observation_std": torch.from_numpy(std)}
     write_file(run_dir / "policy.pt", lambda file: torch.save(policy, file))
@@ -710,9 +722,9 @@ def main(args: Args):
     print(f"{run_dir}: {step:,} steps in {config['wall_time_seconds'] / 60:.1f} minutes")
     if evaluations:
         returns = np.array([row[1] for row in evaluations])
-        (best, final), expert_return = (returns.max(), returns[-5:].mean()), demos.expert_return
-        print(f"best return {best:.1f}, {100 * best / expert_return:.1f} % of the expert's {expert_return:.1f}")
-        print(f"final return {final:.1f}, {100 * final / expert_return:.1f} % (mean of the last five evaluations)")
+        best, final = returns.max(), returns[-5:].mean()
+        print(f"best return {best:.1f}, {share_of_expert(best, demos.expert_return)}")
+        print(f"final return {final:.1f}, {share_of_expert(final, demos.expert_return)} (mean of the last five evaluations)")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NoReturn
+from typing import Literal, NoReturn
 
 import gymnasium as gym
 import mujoco
@@ -184,13 +184,15 @@ def make_env(env_id: str, observation_mean: np.ndarray | float = 0.0, observatio
     gym.logger.min_level = gym.logger.ERROR  # the paper's v4 environments are "out of date", and that is the point
     try:
         env = gym.make(env_id)
-    except (gym.error.Error, ModuleNotFoundError) as error:
-        fail(f"cannot make the environment {env_id!r}: {str(error).splitlines()[0]}")
+    except Exception as error:  # environments fail in ways of their own
+        fail(f"cannot make the environment {env_id!r}: {' '.join(str(error).split())}")
     for name, space in {"observation": env.observation_space, "action": env.action_space}.items():
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             fail(f"{env_id}: the {name} space must be a one-dimensional Box, not {space}")
-    if not env.action_space.is_bounded():
-        fail(f"{env_id}: the action space must have finite bounds, not {env.action_space}")
+        if not np.issubdtype(space.dtype, np.floating):
+            fail(f"{env_id}: the {name} space must hold floating-point numbers, not {space.dtype}")
+    if not env.action_space.is_bounded() or (env.action_space.low >= env.action_space.high).any():
+        fail(f"{env_id}: the action space must have finite bounds, the lower ones below the upper, not {env.action_space}")
     box = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
     env = gym.wrappers.TransformObservation(env, lambda o: ((o - observation_mean) / observation_std).astype(np.float32), box)
     return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
@@ -239,14 +241,18 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def check_minimum(args: Args, **minimum: float):
-    """Exit with code 2 where an argument is below its minimum (or is not a number)."""
-    for name, least in minimum.items():
-        if not getattr(args, name) >= least:
-            fail(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+def check_numbers(args: Args):
+    """Exit with code 2 where a number cannot be meant: counts begin at 1, the seed, rates and weights at 0, and some end at 1."""
+    least = {"seed": 0, "initial_temperature": 1e-6, "target_return": -math.inf}
+    most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 1, "tau": 1, "sac_beta1": 0.999}
+    for name, value in vars(args).items():
+        if type(value) in (int, float):
+            low, high = least.get(name, 1 if type(value) is int else 0), most.get(name, math.inf)
+            if not (low <= value <= high and math.isfinite(value)):
+                fail(f"--{name.replace('_', '-')} is {value}, and must be a finite number from {low} to {high}")
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], object]):
+def write_file(path: Path, write: Callable):
     """Call `write` on a file beside `path` and rename it: `path` is written whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
@@ -268,25 +274,26 @@ def describe_run(args: Args, device: torch.device) -> dict:
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, gym, mujoco, np)},
+        "versions": {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in (torch, gym, mujoco, np)},
     }
 
 
-def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, args: dict, **counters):
-    """Write all that a run goes on from. At the end of an episode, that is all: no simulator state, no stream of its own."""
-    state = {name: part.state_dict() for name, part in learned.items()} | counters | {"args": args}
+def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict, **counters):
+    """Write all that a run goes on from. At the end of an episode that is all: no simulator state, and no random stream of its own."""
+    state = {name: part.state_dict() for name, part in learned.items()} | counters | {"config": config}
     state |= {"rows": buffer.rows[: buffer.size].clone(), "position": buffer.position, "rng": torch.get_rng_state()}
     state |= {"device_rng": torch.cuda.get_rng_state() if buffer.rows.is_cuda else None}
     write_file(path, lambda file: torch.save(state, file))
 
 
-def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, args: dict) -> dict:
-    """Restore what save_checkpoint wrote and return it. Exits with code 2 where the file is damaged or was made with other arguments."""
+def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict) -> dict:
+    """Restore and return what save_checkpoint wrote. Exits with code 2 where the file is damaged or was made with other arguments."""
     try:
         state = torch.load(path, map_location=buffer.rows.device, weights_only=True)
-        changed = [name for name, value in args.items() if name not in MAY_CHANGE_ON_RESUME and value != state["args"][name]]
+        before = state["config"]["args"]
     except Exception:  # what a damaged archive raises is open-ended
         fail(f"{path} is not a whole checkpoint of this script; it is left as it is")
+    changed = [name for name, value in config["args"].items() if name not in MAY_CHANGE_ON_RESUME and value != before.get(name)]
     if changed:
         fail(f"{path} was made with another {', '.join(changed)}; --resume needs the same arguments")
     for name, part in learned.items():
@@ -294,13 +301,25 @@ def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, args: dict)
     buffer.position, buffer.size = state["position"], len(state["rows"])
     buffer.rows[: buffer.size] = state["rows"]
     torch.set_rng_state(state["rng"].cpu())
-    if buffer.rows.is_cuda:
+    if buffer.rows.is_cuda and state["device_rng"] is not None:  # a run that moved here from a CPU has none
         torch.cuda.set_rng_state(state["device_rng"].cpu())
+    resumed = {"step": state["step"]} | {name: config[name] for name in ("command", "commit", "versions")}
+    config |= state["config"] | {"args": config["args"], "resumed": [*state["config"].get("resumed", []), resumed]}
     return state
 
 
-def record_demonstrations(path: Path, actor: Actor, env: gym.Env, args: Args, config: dict) -> np.ndarray:
-    """Write episodes of the deterministic policy to a new .npz file, and return their returns, [demo_episodes]."""
+def check_new(path: Path):
+    """Exit with code 2 where `path` exists or its folder cannot be made: nothing is overwritten."""
+    if path.exists():
+        fail(f"--save-demos {path}: the file exists already, and is not overwritten")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--save-demos {path}: cannot make its folder: {error.strerror}")
+
+
+def record_demonstrations(path: Path, actor: Actor, env: gym.Env, args: Args, config: dict):
+    """Write episodes of the deterministic policy to a new .npz file, and print their returns."""
     seeds = [episode_seed(args.seed, DEMONSTRATION, i) for i in range(args.demo_episodes)]
     episodes = [play_episode(actor, env, seed) for seed in seeds]
     returns = np.array([episode["rewards"].sum() for episode in episodes])
@@ -308,9 +327,9 @@ def record_demonstrations(path: Path, actor: Actor, env: gym.Env, args: Args, co
     arrays = {name: array if array.dtype == bool else array.astype(np.float32) for name, array in arrays.items()}
     metadata = {"env_id": args.env_id, "returns": returns.tolist(), "episode_seeds": seeds, "seed": args.seed}
     metadata |= {name: config[name] for name in ("command", "commit", "versions")}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_new(path)  # again: the training before this took its time
     write_file(path, lambda file: np.savez_compressed(file, metadata=json.dumps(metadata), **arrays))
-    return returns
+    print(f"{path}: {len(returns)} episodes, return {returns.mean():.1f} ± {returns.std():.1f}")
 
 
 # -------------------------------------------------------------------------------------------------------------- training
@@ -322,9 +341,7 @@ MAY_CHANGE_ON_RESUME |= {"target_return", "save_demos", "demo_episodes"}
 
 def main(args: Args):
     # Set-up: everything is checked before anything is written.
-    check_minimum(args, seed=0, total_timesteps=1, learning_starts=1, batch_size=1, buffer_size=1, sac_hidden_dim=1)
-    check_minimum(args, gamma=0, tau=0, actor_lr=0, critic_lr=0, demo_episodes=1)
-    check_minimum(args, eval_every=1, eval_episodes=1, checkpoint_every=1, threads=1)
+    check_numbers(args)
     if args.learning_starts >= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} leaves nothing to learn in --total-timesteps {args.total_timesteps}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -333,43 +350,44 @@ def main(args: Args):
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # dead units leave denormal moments in Adam; arithmetic on those is 30 times slower
     torch.manual_seed(args.seed)
-    if args.save_demos and args.save_demos.exists():
-        fail(f"--save-demos {args.save_demos}: the file exists already, and is not overwritten")
+    if args.save_demos:
+        check_new(args.save_demos)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     (observation_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
 
     run_dir = args.output_dir / f"{args.env_id}__sac_baseline__s{args.seed}"
-    checkpoint_path = run_dir / "checkpoint.pt"
-    if run_dir.exists() and not args.resume:
-        fail(f"{run_dir} holds a run already: go on with it by --resume, or choose another --output-dir or --seed")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    config = describe_run(args, device)
-
     actor = Actor(observation_dim, action_dim, args.sac_hidden_dim).to(device)
     critic = TwinCritic(observation_dim, action_dim, args.sac_hidden_dim).to(device)
     target_critic = copy.deepcopy(critic)
     temperature = nn.ParameterDict({"log_alpha": torch.zeros(())}).to(device)
-    log_alpha = temperature["log_alpha"]
+    log_alpha = temperature["log_alpha"]  # in a module, to be saved and restored like the networks
     target_entropy = -action_dim
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.actor_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
     alpha_optimizer = torch.optim.Adam(temperature.parameters(), lr=args.actor_lr, fused=True)
     buffer = ReplayBuffer(args.buffer_size, (observation_dim, action_dim, observation_dim, 1, 1), device)
-    learned = {
-        "actor": actor, "critic": critic, "target_critic": target_critic, "temperature": temperature, "actor_optimizer": actor_optimizer,
-        "critic_optimizer": critic_optimizer, "alpha_optimizer": alpha_optimizer,
-    }  # fmt: skip
+    learned = dict(actor=actor, critic=critic, target_critic=target_critic, temperature=temperature)
+    learned |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, alpha_optimizer=alpha_optimizer)
 
+    config, checkpoint_path = describe_run(args, device), run_dir / "checkpoint.pt"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=args.resume)
+    except FileExistsError:
+        fail(f"{run_dir} holds a run already: go on with it by --resume, or choose another --output-dir or --seed")
+    except OSError as error:
+        fail(f"cannot write to {run_dir}: {error.strerror}")
     start, episode, wall_time, evaluations = 0, 0, 0.0, []
     if args.resume and checkpoint_path.exists():
-        state = load_checkpoint(checkpoint_path, learned, buffer, config["args"])
+        state = load_checkpoint(checkpoint_path, learned, buffer, config)
         start, episode, wall_time, evaluations = (state[name] for name in ("step", "episode", "wall_time", "evaluations"))
-        if start >= args.total_timesteps:
+        target, last_step, last_return = args.target_return, *(evaluations or [[0, 0]])[-1][:2]
+        if start >= args.total_timesteps or (target is not None and last_step == start and last_return >= target):
             print(f"{run_dir} has finished its {start:,} steps already")
+            if args.save_demos:
+                record_demonstrations(args.save_demos, actor, eval_env, args, config)
             return
-        config["resumed_at_step"] = start
     write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
-    writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
+    writer = SummaryWriter(run_dir, purge_step=start + 1)
     progress = tqdm(total=args.total_timesteps, initial=start, unit=" steps", disable=None, dynamic_ncols=True)
     observation, _ = env.reset(seed=episode_seed(args.seed, TRAINING, episode))
     episode_return, episode_length, last_checkpoint, clock = 0.0, 0, start, time.perf_counter() - wall_time
@@ -390,14 +408,14 @@ def main(args: Args):
             observations, actions, next_observations, rewards, terminations = buffer.sample(args.batch_size)
             rewards, discount = rewards.squeeze(-1), args.gamma * (1 - terminations.squeeze(-1))
 
-            # Critics: one step on the soft Bellman error. `inputs` keeps gradients out of every other network.
+            # Critics: one step on the soft Bellman error.
             alpha = log_alpha.detach().exp()
             qf_loss = critic_loss(critic, target_critic, actor, alpha, observations, actions, next_observations, rewards, discount)
             critic_optimizer.zero_grad()
-            qf_loss.backward(inputs=list(critic.parameters()))
+            qf_loss.backward()
             critic_optimizer.step()
 
-            # Actor: towards actions of high value and high entropy.
+            # Actor: towards actions of high value and high entropy. `inputs` keeps the gradient out of the critics.
             policy_loss, log_prob, _, _ = actor_loss(actor, critic, alpha, observations)
             actor_optimizer.zero_grad()
             policy_loss.backward(inputs=list(actor.parameters()))
@@ -437,14 +455,14 @@ def main(args: Args):
                 break
         if done and step - last_checkpoint >= args.checkpoint_every:
             counters = {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations}
-            save_checkpoint(checkpoint_path, learned, buffer, config["args"], **counters)
+            save_checkpoint(checkpoint_path, learned, buffer, config, **counters)
             last_checkpoint = step
 
     # The end: policy, checkpoint, summary, demonstrations.
     progress.close()
     writer.close()
     counters = {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations}
-    save_checkpoint(checkpoint_path, learned, buffer, config["args"], **counters)
+    save_checkpoint(checkpoint_path, learned, buffer, config, **counters)
     policy = {"actor": actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}
     policy |= {"observation_mean": torch.zeros(observation_dim), "observation_std": torch.ones(observation_dim)}
     write_file(run_dir / "policy.pt", lambda file: torch.save(policy, file))
@@ -458,8 +476,7 @@ def main(args: Args):
         print(f"no evaluation reached --target-return {args.target_return}: nothing was recorded")
         raise SystemExit(1)
     if args.save_demos:
-        returns = record_demonstrations(args.save_demos, actor, eval_env, args, config)
-        print(f"{args.save_demos}: {len(returns)} episodes, return {returns.mean():.1f} ± {returns.std():.1f}")
+        record_demonstrations(args.save_demos, actor, eval_env, args, config)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 matplotlib.use("agg")
 HERE = Path(__file__).parent
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"  # Okabe and Ito: told apart by colour-blind readers
-STYLES = {"paper": (BLUE, "-", "this code, reward form “paper”"), "released": (ORANGE, "--", "this code, reward form “released”")}
+STYLES = {"paper": (BLUE, "-", "this code, reward “paper”"), "released": (ORANGE, "--", "this code, reward “released”")}
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -32,16 +32,21 @@ def plot_setting(env_id: str, setting: str, runs: list[tuple[dict, list[dict]]],
     """One panel: every run of ours, the expert's line, the paper's curve."""
     body = env_id.split("-v")[0]
     figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
-    theirs = [row for row in paper if (row["env"], row["setting"], row["algorithm"]) == (body, setting, "DiffAIL")]
+    wanted = dict(env=body, setting=setting, trajectories="1", algorithm="DiffAIL")
+    theirs = [row for row in paper if wanted.items() <= row.items()]
     axes.plot(*curve(theirs), ":", color=GREY, lw=2.5, label="the paper's, mean of 5 seeds")
     for config, rows in runs:
         colour, line, label = STYLES[config["args"]["reward_form"]]
+        label += f", seed {config['args']['seed']}"
+        if "finished_at_step" not in config:
+            label += f", first {int(rows[-1]['step']) // 1000}k steps"
         axes.plot(*curve(rows), line, color=colour, lw=2.2, label=label)
     with np.load(HERE.parent / "demos" / f"{env_id}.npz", allow_pickle=False) as file:
         expert = np.mean(json.loads(file["metadata"].item())["returns"])
     axes.axhline(expert, color=GREEN, lw=1.8)
-    axes.annotate(f"expert, {expert:.0f}", (500, expert), ha="right", xytext=(0, 4), textcoords="offset points", color=GREEN, fontsize=12)
-    axes.set(xlabel="environment steps (thousands)", ylabel="return", title=f"{env_id}, {setting}, 1 trajectory, seed 1")
+    axes.annotate(f"expert, {expert:.0f}", (1, expert), xycoords=("axes fraction", "data"), ha="right", xytext=(0, 4),
+                  textcoords="offset points", color=GREEN, fontsize=12)  # fmt: skip
+    axes.set(xlabel="environment steps (thousands)", ylabel="return", title=f"{env_id}, {setting}, 1 trajectory")
     axes.legend(loc="lower right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
