@@ -15,7 +15,7 @@ import numpy as np
 matplotlib.use("agg")
 HERE = Path(__file__).parent
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"  # Okabe and Ito: told apart by colour-blind readers
-STYLES = {"paper": (BLUE, "-", "this code, reward “paper”"), "released": (ORANGE, "--", "this code, reward “released”")}
+STYLES = {"paper": (BLUE, "-", "this code, paper’s reward"), "released": (ORANGE, "--", "this code, released reward")}
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -31,7 +31,7 @@ def curve(rows: list[dict[str, str]]) -> tuple[list[float], list[float]]:
 def plot_setting(env_id: str, setting: str, runs: list[tuple[dict, list[dict]]], paper: list[dict]) -> Path:
     """One panel: every run of ours, the expert's line, the paper's curve."""
     body = env_id.split("-v")[0]
-    figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 5.4), layout="constrained")
     wanted = dict(env=body, setting=setting, trajectories="1", algorithm="DiffAIL")
     theirs = [row for row in paper if wanted.items() <= row.items()]
     axes.plot(*curve(theirs), ":", color=GREY, lw=2.5, label="the paper's, mean of 5 seeds")
@@ -47,7 +47,7 @@ def plot_setting(env_id: str, setting: str, runs: list[tuple[dict, list[dict]]],
     axes.annotate(f"expert, {expert:.0f}", (1, expert), xycoords=("axes fraction", "data"), ha="right", xytext=(0, 4),
                   textcoords="offset points", color=GREEN, fontsize=12)  # fmt: skip
     axes.set(xlabel="environment steps (thousands)", ylabel="return", title=f"{env_id}, {setting}, 1 trajectory")
-    axes.legend(loc="lower right", frameon=False)
+    figure.legend(loc="outside lower center", ncols=1, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     path = HERE / "figures" / f"{env_id}__{setting}.png"
