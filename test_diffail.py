@@ -706,7 +706,7 @@ def test_any_damage_to_the_bytes_is_a_correct_load_or_one_line(tmp_path_factory,
 )
 def test_bad_arguments_are_one_line_and_exit_code_2(arguments, message, tmp_path):
     command = [sys.executable, HERE / "diffail.py", "--output-dir", tmp_path / "runs", *arguments.split()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, timeout=120)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
     assert not (tmp_path / "runs").exists()
 
