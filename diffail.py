@@ -580,6 +580,7 @@ def main(args: Args):
 
     setting = "state-only" if args.state_only else "state-action"
     run_dir = args.output_dir / f"{args.env_id}__diffail__{setting}__{args.num_trajectories}traj__s{args.seed}"
+
     def discriminator_input(observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:
         return torch.cat([observations, next_observations if args.state_only else actions], dim=-1)
 
