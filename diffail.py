@@ -8,7 +8,8 @@ states x = [s, s'] with --state-only, of dimension d:
     D(x, eps, t) = exp(-L(x, eps, t))                               discriminator           DiffusionDiscriminator.forward
     min_phi  -E_expert[log D] - E_policy[log(1 - D)]                objective               discriminator_loss
              + lambda E[(||grad_x D(x)||_2 - 1)^2]                  gradient penalty        gradient_penalty
-    R(x) = -log(1 - exp(-mean over t of L(x, eps_t, t)))            surrogate reward        surrogate_reward
+    R(x) = -log(1 - mean over t and d of exp(-(eps_t - eps_phi)^2)) surrogate reward        surrogate_reward
+             or, as the paper prints it, -log(1 - exp(-mean over t of L)), by --reward-form paper
     max_pi   E[sum over k of gamma^k (R - alpha log pi)]            SAC (arXiv 1812.05905)  critic_loss, actor_loss, temperature_loss
 
 The true reward is never learned from: it is not even stored. Evaluations print it.
@@ -33,11 +34,13 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -70,7 +73,7 @@ class Args:
     # Discriminator and surrogate reward
     diffusion_steps: int = 10  # T
     noise_schedule: Literal["linear", "cosine", "vp"] = "linear"  # of the variances beta_1 ... beta_T
-    reward_form: Literal["paper", "released"] = "paper"  # average L over t, or exp(-squared error) as in the authors' code
+    reward_form: Literal["released", "paper"] = "released"  # average exp(-squared error) as in the authors' code, or average L over t
     reward_scale: float = 2.0  # factor on the surrogate reward
     discriminator_lr: float = 3e-5  # Adam learning rate of the discriminator
 
@@ -95,6 +98,7 @@ class Args:
     output_dir: Path = Path("runs")  # folder of the run directories
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     threads: int = 1  # of PyTorch on the CPU; several runs side by side finish more steps than one with several threads
+    compile: bool = False  # compile the discriminator's losses and the reward: a seventh less time per step; needs a C++ compiler
 
 
 # The released hyperparameters by body, with the paper's 500,000 steps for Ant (released: 1,000,000). Others get HalfCheetah's.
@@ -141,10 +145,15 @@ class NoisePredictor(nn.Module):
         self.out = nn.Linear(hidden_dim, dim)
 
     def forward(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, list]:
-        """x_t [B, d] and t [B] to the predicted noise [B, d] and, for the gradient penalty, the slopes mish' of the hidden layers."""
-        time = self.time_out(mish(self.time_in(self.time_embedding))[0])  # [T, 16]: each t once, then looked up
-        h, slopes = torch.cat([x_t, time[t]], dim=-1), []
-        for layer in self.hidden:
+        """x_t [..., d] and t [...] to the predicted noise [..., d] and, for the gradient penalty, the slopes mish' of the hidden layers."""
+        time = self.time_out(F.mish(self.time_in(self.time_embedding)))  # [T, 16]
+        # The first layer's input is [x_t, time[t]]. Its product with time is that of T rows, looked up; with all in one product of
+        # a row per sample the reward takes a fifth longer.
+        first, *others = self.hidden
+        weight_x, weight_time = first.weight.split([x_t.shape[-1], 16], dim=1)
+        h, slope = mish(F.linear(x_t, weight_x).add_(F.embedding(t, F.linear(time, weight_time, first.bias))))
+        slopes = [slope]
+        for layer in others:
             h, slope = mish(layer(h))
             slopes.append(slope)
         return self.out(h), slopes
@@ -153,7 +162,7 @@ class NoisePredictor(nn.Module):
 class DiffusionDiscriminator(nn.Module):
     """D(x, eps, t) = exp(-L(x, eps, t)): the better the diffusion model denoises x, the more x looks like the expert's.
 
-    Everywhere below x is [B, d], noise [B, d] and t [B], whole numbers from 0 to T - 1."""
+    Everywhere below x is [B, d], noise [B, d] and t [B], whole numbers from 0 to T - 1; or noise [T, B, d] and t [T, 1]."""
 
     def __init__(self, dim: int, hidden_dim: int, diffusion_steps: int, schedule: str):
         super().__init__()
@@ -163,11 +172,11 @@ class DiffusionDiscriminator(nn.Module):
         self.noise_predictor = NoisePredictor(dim, hidden_dim, diffusion_steps)
 
     def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t, [B, d]."""
+        """x_t, of the shape of the noise."""
         return self.sqrt_alpha_bar[t] * x + self.sqrt_one_minus_alpha_bar[t] * noise
 
     def denoising_error(self, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, list]:
-        """eps_phi(x_t, t) - eps, [B, d], and the noise predictor's slopes."""
+        """eps_phi(x_t, t) - eps, of the shape of the noise, and the noise predictor's slopes."""
         prediction, slopes = self.noise_predictor(self.noised(x, noise, t), t)
         return prediction - noise, slopes
 
@@ -184,12 +193,12 @@ class DiffusionDiscriminator(nn.Module):
 
         Written out, because autograd through its own gradient takes 1.6 times as long on a CPU."""
         error, slopes = self.denoising_error(x, noise, t)
+        first, *others = self.noise_predictor.hidden
         grad = error @ self.noise_predictor.out.weight
-        for layer, slope in zip(reversed(self.noise_predictor.hidden), reversed(slopes)):
-            grad = (grad * slope) @ layer.weight
-        # The last columns of grad belong to the time embedding.
-        loss_grad = 2 / x.shape[1] * self.sqrt_alpha_bar[t] * grad[:, : x.shape[1]]
-        return -torch.exp(-error.square().mean(-1, keepdim=True)) * loss_grad
+        for layer in reversed(others):
+            grad = (grad * slopes.pop()) @ layer.weight
+        grad = (grad * slopes.pop()) @ first.weight[:, : x.shape[1]]  # the other columns belong to the time embedding
+        return -torch.exp(-error.square().mean(-1, keepdim=True)) * (2 / x.shape[1] * self.sqrt_alpha_bar[t] * grad)
 
     def draw(self, batch_size: int, dim: int) -> tuple[Tensor, Tensor]:
         """Standard normal noise [batch_size, dim] and uniform t [batch_size]."""
@@ -220,10 +229,8 @@ def gradient_penalty(
 @torch.no_grad()
 def surrogate_reward(discriminator: DiffusionDiscriminator, x: Tensor, noise: Tensor, form: str) -> Tensor:
     """R(x) = -log(1 - D), [B], for x [B, d] and noise [T, B, d]: each of the T steps with its own noise, all in one batch."""
-    steps, batch_size, dim = noise.shape
-    t = torch.arange(steps, device=x.device).repeat_interleave(batch_size)
-    error, _ = discriminator.denoising_error(x.repeat(steps, 1), noise.view(-1, dim), t)
-    squared_error = error.square().view(steps, batch_size, dim)
+    t = torch.arange(len(noise), device=x.device)[:, None]
+    squared_error = discriminator.denoising_error(x, noise, t)[0].square()
     if form == "paper":
         return -log_one_minus_exp(squared_error.mean(dim=(0, 2)))  # D = exp(-mean over t of L)
     one_minus_d = -torch.expm1(-squared_error).mean(dim=(0, 2))  # D = mean over t and d of exp(-squared error)
@@ -233,25 +240,27 @@ def surrogate_reward(discriminator: DiffusionDiscriminator, x: Tensor, noise: Te
 class Mish(torch.autograd.Function):
     """mish(x) = x tanh(log(1 + e^x)) (Misra 2019) and its slope, both differentiable: the gradient penalty needs mish''.
 
-    With s = sigmoid(x), c = 1 - s and v = 1 / (1 + c^2), the factor w = tanh(...) is s (2 - s) v, and w' is 4 s c^2 v^2."""
+    With s = sigmoid(x) and v = 1 / (1 + (1 - s)^2), w = tanh(...) is 2v - 1, w' is 4 s v (1 - v), and w'' is w' (1 - s (4v - 1))."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)  # no gradient of the slope for the diffusion loss: None, and no work
         s = x.sigmoid()
-        c = 1 - s
-        v = (c * c).add_(1).reciprocal_()
-        dw = c.square_().mul_(s).mul_(v).mul_(v).mul_(4)
-        w = (2 - s).mul_(s).mul_(v)
+        v = (1 - s).square_().add_(1).reciprocal_()
+        w = (2 * v).sub_(1)
+        dw = (1 - v).mul_(v).mul_(s).mul_(4)
         y = w * x
         dy = w.addcmul_(x, dw)  # w + x w'
         ctx.save_for_backward(x, s, v, dw, dy)
         return y, dy
 
     @staticmethod
-    def backward(ctx, grad_y: Tensor, grad_dy: Tensor) -> Tensor:
+    def backward(ctx, grad_y: Tensor, grad_dy: Tensor | None) -> Tensor:
         x, s, v, dw, dy = ctx.saved_tensors
-        ddy = (dw / v).sub_(s, alpha=3).add_(1).mul_(x).add_(2).mul_(dw)  # 2 w' + x w'' where w'' = w' (1 - 3s + w' / v)
-        return ddy.mul_(grad_dy).addcmul_(grad_y, dy)
+        if grad_dy is None:
+            return grad_y * dy
+        ddy = (4 * v).sub_(1).mul_(s).neg_().add_(1).mul_(x).add_(2).mul_(dw).mul_(grad_dy)  # grad_dy (2 w' + x w'')
+        return ddy if grad_y is None else ddy.addcmul_(grad_y, dy)
 
 
 def mish(x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -260,9 +269,7 @@ def mish(x: Tensor) -> tuple[Tensor, Tensor | None]:
     F.mish and autograd would do, but on a CPU the discriminator's step takes 1.4 times as long with them, and the reward twice."""
     if torch.is_grad_enabled():
         return Mish.apply(x)
-    s = x.sigmoid()
-    m = (2 - s).mul_(s)  # 1 - c^2, so w = m / (2 - m)
-    return x.mul_(m).div_(m.neg_().add_(2)), None
+    return x.addcdiv_(x, x.exp().add_(1).square_().add_(1), value=-2), None  # tanh(log(1 + e^x)) = 1 - 2 / ((1 + e^x)^2 + 1)
 
 
 # ------------------------------------------------------------------------------------------------------------------- SAC
@@ -348,17 +355,124 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, widths: tuple[int, ...], device: torch.device):
         self.rows = torch.empty(capacity, sum(widths), device=device)
-        self.widths, self.position, self.size = widths, 0, 0
+        self.size = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured CUDA graph reads it there
+        self.widths, self.position = widths, 0
 
     def add(self, *parts: np.ndarray):
         """Store one transition: one vector for each of the widths."""
-        self.rows[self.position] = torch.from_numpy(np.concatenate(parts, dtype=np.float32, casting="same_kind"))
+        row = torch.from_numpy(np.concatenate(parts, dtype=np.float32, casting="same_kind"))
+        self.rows[self.position] = row.to(self.rows.device, non_blocking=True)
+        self.size += self.size < len(self.rows)
         self.position = (self.position + 1) % len(self.rows)
-        self.size = min(self.size + 1, len(self.rows))
 
     def sample(self, batch_size: int) -> tuple[Tensor, ...]:
         """Uniform transitions with replacement: one tensor [batch_size, width] for each of the widths."""
-        return self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)].split(self.widths, dim=1)
+        rows = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.size
+        return self.rows[rows].split(self.widths, dim=1)
+
+
+# --------------------------------------------------------------------------------------------------------------- DiffAIL
+
+
+class DiffAIL(nn.Module):
+    """All that is learned, its optimisers, and one step on all of it.
+
+    In the methods a batch is observations [B, obs], actions [B, act] in [-1, 1], and next_observations [B, obs]."""
+
+    def __init__(self, observation_dim: int, action_dim: int, args: Args, device: torch.device):
+        super().__init__()
+        self.args, self.target_entropy = args, -action_dim / 2
+        input_dim = observation_dim + (observation_dim if args.state_only else action_dim)
+        self.discriminator = DiffusionDiscriminator(input_dim, args.hidden_dim, args.diffusion_steps, args.noise_schedule)
+        self.actor = Actor(observation_dim, action_dim, args.sac_hidden_dim)
+        self.critic = TwinCritic(observation_dim, action_dim, args.sac_hidden_dim)
+        self.target_critic = copy.deepcopy(self.critic)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.initial_temperature)))
+        self.to(device)
+        compiled = torch.compile if args.compile else lambda function: function
+        self.discriminator_loss, self.gradient_penalty = compiled(discriminator_loss), compiled(gradient_penalty)
+        self.surrogate_reward = compiled(surrogate_reward)
+        adam, betas = partial(torch.optim.Adam, fused=True, capturable=True), (args.sac_beta1, 0.999)  # capturable in a CUDA graph
+        self.discriminator_optimizer = adam(self.discriminator.parameters(), lr=args.discriminator_lr)
+        self.critic_optimizer = adam(self.critic.parameters(), lr=args.critic_lr, betas=betas)
+        self.actor_optimizer = adam([*self.actor.parameters(), self.log_alpha], lr=args.actor_lr, betas=betas)
+
+    def discriminator_input(self, observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:
+        """x, [B, d]."""
+        return torch.cat([observations, next_observations if self.args.state_only else actions], dim=-1)
+
+    def update(self, expert_x: Tensor, buffer: ReplayBuffer) -> dict[str, Tensor]:
+        """One step on everything, with the expert's x [N, d]; returns what is worth logging. Nothing in it waits for the GPU."""
+        args = self.args
+        expert = expert_x[torch.randint(len(expert_x), (args.batch_size,), device=expert_x.device)]
+        losses = self.update_discriminator(expert, self.discriminator_input(*buffer.sample(args.batch_size)))
+        observations, actions, next_observations = buffer.sample(args.batch_size)
+        x = self.discriminator_input(observations, actions, next_observations)
+        noise = torch.randn(args.diffusion_steps, *x.shape, device=x.device)
+        rewards = args.reward_scale * self.surrogate_reward(self.discriminator, x, noise, args.reward_form)
+        losses |= self.update_critic(observations, actions, next_observations, rewards, args.gamma)
+        losses |= self.update_actor(observations)
+        polyak_update(self.target_critic, self.critic, args.tau)
+        return losses | {"surrogate_reward": rewards.mean()}
+
+    def update_discriminator(self, expert: Tensor, policy: Tensor) -> dict[str, Tensor]:
+        """Denoise the expert's samples [B, d] well, and the policy's badly."""
+        noise, t = self.discriminator.draw(2 * len(expert), expert.shape[1])
+        expert_loss, policy_loss = self.discriminator_loss(self.discriminator, expert, policy, noise, t)
+        loss, losses = expert_loss + policy_loss, {"expert_loss": expert_loss.detach(), "policy_loss": policy_loss.detach()}
+        if self.args.grad_penalty > 0:
+            mix = torch.rand(len(expert), 1, device=expert.device)
+            penalty = self.gradient_penalty(self.discriminator, expert, policy, mix, *self.discriminator.draw(*expert.shape))
+            loss, losses["grad_penalty"] = loss + self.args.grad_penalty * penalty, penalty.detach()
+        self.discriminator_optimizer.zero_grad()
+        loss.backward()
+        self.discriminator_optimizer.step()
+        return losses
+
+    def update_critic(
+        self, observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float
+    ) -> dict[str, Tensor]:
+        """One step of both critics on the soft Bellman error."""
+        alpha, batch = self.log_alpha.detach().exp(), (observations, actions, next_observations, rewards, discount)
+        qf_loss = critic_loss(self.critic, self.target_critic, self.actor, alpha, *batch)
+        self.critic_optimizer.zero_grad()
+        qf_loss.backward()
+        self.critic_optimizer.step()
+        return {"qf_loss": qf_loss.detach()}
+
+    def update_actor(self, observations: Tensor) -> dict[str, Tensor]:
+        """One step of the actor, towards actions of high value and high entropy, and of the temperature, towards the target entropy."""
+        alpha = self.log_alpha.detach().exp()
+        pi_loss, log_prob, mean, log_std = actor_loss(self.actor, self.critic, alpha, observations)
+        loss = pi_loss + self.args.actor_regularizer * (mean.square().mean() + log_std.square().mean())
+        loss = loss + temperature_loss(self.log_alpha, log_prob, self.target_entropy)
+        self.actor_optimizer.zero_grad()
+        loss.backward(inputs=self.actor_optimizer.param_groups[0]["params"])  # and so not into the critics
+        self.actor_optimizer.step()
+        return {"actor_loss": pi_loss.detach(), "alpha": alpha, "entropy": -log_prob.detach().mean()}
+
+
+class GraphedUpdate:
+    """`update` on a GPU as one CUDA graph: a step is then one launch in place of hundreds.
+
+    The first three calls run as they are, on a stream of their own: they load libraries and fill the optimisers. The fourth is captured."""
+
+    def __init__(self, update: Callable[[], dict[str, Tensor]]):
+        self.update, self.calls, self.stream, self.graph = update, 0, torch.cuda.Stream(), torch.cuda.CUDAGraph()
+
+    def __call__(self) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                losses = self.update()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return losses
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph):
+                self.losses = self.update()
+        self.graph.replay()
+        return self.losses
 
 
 # -------------------------------------------------------------------------------------------- environment and evaluation
@@ -473,7 +587,7 @@ def describe_run(args: Args, device: torch.device) -> dict:
 def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict, **counters):
     """Write all that a run goes on from. At the end of an episode that is all: no simulator state, and no random stream of its own."""
     state = {name: part.state_dict() for name, part in learned.items()} | counters | {"config": config}
-    state |= {"rows": buffer.rows[: buffer.size].clone(), "position": buffer.position, "rng": torch.get_rng_state()}
+    state |= {"rows": buffer.rows[: int(buffer.size)].clone(), "position": buffer.position, "rng": torch.get_rng_state()}
     state |= {"device_rng": torch.cuda.get_rng_state() if buffer.rows.is_cuda else None}
     write_file(path, lambda file: torch.save(state, file))
 
@@ -490,8 +604,9 @@ def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dic
         fail(f"{path} was made with another {', '.join(changed)}; --resume needs the same arguments")
     for name, part in learned.items():
         part.load_state_dict(state[name])
-    buffer.position, buffer.size = state["position"], len(state["rows"])
-    buffer.rows[: buffer.size] = state["rows"]
+    buffer.position = state["position"]
+    buffer.size.fill_(len(state["rows"]))
+    buffer.rows[: len(state["rows"])] = state["rows"]
     torch.set_rng_state(state["rng"].cpu())
     if buffer.rows.is_cuda and state["device_rng"] is not None:  # a run that moved here from a CPU has none
         torch.cuda.set_rng_state(state["device_rng"].cpu())
@@ -564,6 +679,8 @@ def main(args: Args):
         fail(f"--learning-starts {args.learning_starts} leaves nothing to learn in --total-timesteps {args.total_timesteps}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch sees no CUDA device; use --device cpu")
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        fail("--compile needs a C++ compiler, g++ or the one that CXX names, and there is none")
     device = torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda")
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # dead units leave denormal moments in Adam; arithmetic on those is 30 times slower
@@ -581,30 +698,17 @@ def main(args: Args):
     setting = "state-only" if args.state_only else "state-action"
     run_dir = args.output_dir / f"{args.env_id}__diffail__{setting}__{args.num_trajectories}traj__s{args.seed}"
 
-    def discriminator_input(observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:
-        return torch.cat([observations, next_observations if args.state_only else actions], dim=-1)
-
     low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
     expert_actions = (2 * (demos.actions - low) / (high - low) - 1).astype(np.float32)
     expert_arrays = (demos.observations - mean) / std, expert_actions, (demos.next_observations - mean) / std
-    expert_x = discriminator_input(*(torch.from_numpy(array).to(device) for array in expert_arrays))
-
-    discriminator = DiffusionDiscriminator(expert_x.shape[1], args.hidden_dim, args.diffusion_steps, args.noise_schedule).to(device)
-    actor = Actor(observation_dim, action_dim, args.sac_hidden_dim).to(device)
-    critic = TwinCritic(observation_dim, action_dim, args.sac_hidden_dim).to(device)
-    target_critic = copy.deepcopy(critic)
-    temperature = nn.ParameterDict({"log_alpha": torch.tensor(math.log(args.initial_temperature))}).to(device)
-    log_alpha = temperature["log_alpha"]  # in a module, to be saved and restored like the networks
-    target_entropy = -action_dim / 2
-    betas = (args.sac_beta1, 0.999)
-    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=args.discriminator_lr, fused=True)
-    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.actor_lr, betas=betas, fused=True)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, betas=betas, fused=True)
-    alpha_optimizer = torch.optim.Adam(temperature.parameters(), lr=args.actor_lr, betas=betas, fused=True)
+    agent = DiffAIL(observation_dim, action_dim, args, device)
+    expert_x = agent.discriminator_input(*(torch.from_numpy(array).to(device) for array in expert_arrays))
     buffer = ReplayBuffer(args.buffer_size, (observation_dim, action_dim, observation_dim), device)
-    learned = dict(discriminator=discriminator, actor=actor, critic=critic, target_critic=target_critic, temperature=temperature)
-    learned |= dict(discriminator_optimizer=discriminator_optimizer, actor_optimizer=actor_optimizer)
-    learned |= dict(critic_optimizer=critic_optimizer, alpha_optimizer=alpha_optimizer)
+    update = partial(agent.update, expert_x, buffer)
+    if device.type == "cuda":
+        update = GraphedUpdate(update)
+    learned = {"agent": agent, "discriminator_optimizer": agent.discriminator_optimizer}
+    learned |= {"critic_optimizer": agent.critic_optimizer, "actor_optimizer": agent.actor_optimizer}
 
     config, checkpoint_path = describe_run(args, device), run_dir / "checkpoint.pt"
     try:
@@ -627,64 +731,21 @@ def main(args: Args):
     episode_return, episode_length, last_checkpoint, clock = 0.0, 0, start, time.perf_counter() - wall_time
 
     for step in range(start + 1, args.total_timesteps + 1):
-        # Act.
-        with torch.no_grad():
-            if step <= args.learning_starts:
-                action = (2 * torch.rand(action_dim) - 1).numpy()
-            else:
-                action = actor.sample(torch.from_numpy(observation).to(device))[0].cpu().numpy()
+        # Act and learn, then step the environment: on a GPU the update has only been queued by then, and both go on at a time.
+        if step <= args.learning_starts:
+            action = (2 * torch.rand(action_dim) - 1).numpy()
+        else:
+            with torch.no_grad():
+                action = agent.actor.sample(torch.from_numpy(observation).to(device))[0].cpu().numpy()
+            losses = update()
+            if step % 1_000 == 0:
+                for name, value in losses.items():
+                    writer.add_scalar(f"losses/{name}", value.item(), step)
         next_observation, reward, terminated, truncated, _ = env.step(action)
         # Neither the reward nor the end of an episode is stored: values are bootstrapped through terminations, or else the
         # surrogate reward, which is never negative, would make staying alive good in itself.
         buffer.add(observation, action, next_observation)
         observation = next_observation
-
-        if step > args.learning_starts:
-            # Discriminator: denoise the expert's samples well, and the policy's badly.
-            expert = expert_x[torch.randint(len(expert_x), (args.batch_size,), device=device)]
-            policy = discriminator_input(*buffer.sample(args.batch_size))
-            noise, t = discriminator.draw(2 * args.batch_size, expert.shape[1])
-            expert_loss, policy_loss = discriminator_loss(discriminator, expert, policy, noise, t)
-            penalty = torch.zeros((), device=device)
-            if args.grad_penalty > 0:
-                mix = torch.rand(args.batch_size, 1, device=device)
-                penalty = gradient_penalty(discriminator, expert, policy, mix, *discriminator.draw(*expert.shape))
-            discriminator_optimizer.zero_grad()
-            (expert_loss + policy_loss + args.grad_penalty * penalty).backward()
-            discriminator_optimizer.step()
-
-            # Surrogate reward of a fresh batch, by the discriminator as it is now.
-            observations, actions, next_observations = buffer.sample(args.batch_size)
-            x = discriminator_input(observations, actions, next_observations)
-            noise = torch.randn(args.diffusion_steps, *x.shape, device=device)
-            rewards = args.reward_scale * surrogate_reward(discriminator, x, noise, args.reward_form)
-
-            # Critics: one step on the soft Bellman error.
-            alpha = log_alpha.detach().exp()
-            qf_loss = critic_loss(critic, target_critic, actor, alpha, observations, actions, next_observations, rewards, args.gamma)
-            critic_optimizer.zero_grad()
-            qf_loss.backward()
-            critic_optimizer.step()
-
-            # Actor: towards actions of high value and high entropy. `inputs` keeps the gradient out of the critics.
-            pi_loss, log_prob, u_mean, u_log_std = actor_loss(actor, critic, alpha, observations)
-            regularizer = u_mean.square().mean() + u_log_std.square().mean()
-            actor_optimizer.zero_grad()
-            (pi_loss + args.actor_regularizer * regularizer).backward(inputs=list(actor.parameters()))
-            actor_optimizer.step()
-
-            # Temperature: up where the entropy is below its target, down where it is above.
-            alpha_optimizer.zero_grad()
-            temperature_loss(log_alpha, log_prob, target_entropy).backward()
-            alpha_optimizer.step()
-
-            polyak_update(target_critic, critic, args.tau)
-
-            if step % 1_000 == 0:
-                losses = {"expert_loss": expert_loss, "policy_loss": policy_loss, "grad_penalty": penalty, "qf_loss": qf_loss}
-                losses |= {"actor_loss": pi_loss, "alpha": alpha, "entropy": -log_prob.mean(), "surrogate_reward": rewards.mean()}
-                for name, value in losses.items():
-                    writer.add_scalar(f"losses/{name}", value.item(), step)
 
         done = terminated or truncated
         episode_return, episode_length = episode_return + float(reward), episode_length + 1
@@ -697,7 +758,7 @@ def main(args: Args):
 
         if step % args.eval_every == 0:
             seeds = [episode_seed(args.seed, EVALUATION, step, i) for i in range(args.eval_episodes)]
-            evaluations.append([step, *evaluate(actor, eval_env, seeds)])
+            evaluations.append([step, *evaluate(agent.actor, eval_env, seeds)])
             write_evaluations(run_dir / "evaluations.csv", evaluations)
             mean_return, std_return = evaluations[-1][1:3]
             writer.add_scalar("eval/return", mean_return, step)
@@ -715,7 +776,7 @@ def main(args: Args):
     writer.close()
     counters = {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations}
     save_checkpoint(checkpoint_path, learned, buffer, config, **counters)
-    policy = {"actor": actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}
+    policy = {"actor": agent.actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}
     policy |= {"observation_mean": torch.from_numpy(mean), "observation_std": torch.from_numpy(std)}
     write_file(run_dir / "policy.pt", lambda file: torch.save(policy, file))
     config |= {"finished_at_step": step, "wall_time_seconds": round(time.perf_counter() - clock), "expert_return": demos.expert_return}

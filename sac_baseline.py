@@ -32,6 +32,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -161,17 +162,91 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, widths: tuple[int, ...], device: torch.device):
         self.rows = torch.empty(capacity, sum(widths), device=device)
-        self.widths, self.position, self.size = widths, 0, 0
+        self.size = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured CUDA graph reads it there
+        self.widths, self.position = widths, 0
 
     def add(self, *parts: np.ndarray):
         """Store one transition: one vector for each of the widths."""
-        self.rows[self.position] = torch.from_numpy(np.concatenate(parts, dtype=np.float32, casting="same_kind"))
+        row = torch.from_numpy(np.concatenate(parts, dtype=np.float32, casting="same_kind"))
+        self.rows[self.position] = row.to(self.rows.device, non_blocking=True)
+        self.size += self.size < len(self.rows)
         self.position = (self.position + 1) % len(self.rows)
-        self.size = min(self.size + 1, len(self.rows))
 
     def sample(self, batch_size: int) -> tuple[Tensor, ...]:
         """Uniform transitions with replacement: one tensor [batch_size, width] for each of the widths."""
-        return self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)].split(self.widths, dim=1)
+        rows = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.size
+        return self.rows[rows].split(self.widths, dim=1)
+
+
+class SAC(nn.Module):
+    """All that is learned, its optimisers, and one step on all of it.
+
+    In the methods a batch is observations [B, obs], actions [B, act] in [-1, 1], next_observations [B, obs], and rewards [B]."""
+
+    def __init__(self, observation_dim: int, action_dim: int, args: Args, device: torch.device):
+        super().__init__()
+        self.args, self.target_entropy = args, -action_dim
+        self.actor = Actor(observation_dim, action_dim, args.sac_hidden_dim)
+        self.critic = TwinCritic(observation_dim, action_dim, args.sac_hidden_dim)
+        self.target_critic = copy.deepcopy(self.critic)
+        self.log_alpha = nn.Parameter(torch.zeros(()))
+        self.to(device)
+        adam = partial(torch.optim.Adam, fused=True, capturable=True)  # capturable in a CUDA graph
+        self.critic_optimizer = adam(self.critic.parameters(), lr=args.critic_lr)
+        self.actor_optimizer = adam([*self.actor.parameters(), self.log_alpha], lr=args.actor_lr)
+
+    def update(self, buffer: ReplayBuffer) -> dict[str, Tensor]:
+        """One step on everything; returns what is worth logging. Nothing in it waits for the GPU."""
+        observations, actions, next_observations, rewards, terminations = buffer.sample(self.args.batch_size)
+        discount = self.args.gamma * (1 - terminations.squeeze(-1))
+        losses = self.update_critic(observations, actions, next_observations, rewards.squeeze(-1), discount)
+        losses |= self.update_actor(observations)
+        polyak_update(self.target_critic, self.critic, self.args.tau)
+        return losses
+
+    def update_critic(
+        self, observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float
+    ) -> dict[str, Tensor]:
+        """One step of both critics on the soft Bellman error."""
+        alpha, batch = self.log_alpha.detach().exp(), (observations, actions, next_observations, rewards, discount)
+        qf_loss = critic_loss(self.critic, self.target_critic, self.actor, alpha, *batch)
+        self.critic_optimizer.zero_grad()
+        qf_loss.backward()
+        self.critic_optimizer.step()
+        return {"qf_loss": qf_loss.detach()}
+
+    def update_actor(self, observations: Tensor) -> dict[str, Tensor]:
+        """One step of the actor, towards actions of high value and high entropy, and of the temperature, towards the target entropy."""
+        alpha = self.log_alpha.detach().exp()
+        pi_loss, log_prob, _, _ = actor_loss(self.actor, self.critic, alpha, observations)
+        loss = pi_loss + temperature_loss(self.log_alpha, log_prob, self.target_entropy)
+        self.actor_optimizer.zero_grad()
+        loss.backward(inputs=self.actor_optimizer.param_groups[0]["params"])  # and so not into the critics
+        self.actor_optimizer.step()
+        return {"actor_loss": pi_loss.detach(), "alpha": alpha, "entropy": -log_prob.detach().mean()}
+
+
+class GraphedUpdate:
+    """`update` on a GPU as one CUDA graph: a step is then one launch in place of hundreds.
+
+    The first three calls run as they are, on a stream of their own: they load libraries and fill the optimisers. The fourth is captured."""
+
+    def __init__(self, update: Callable[[], dict[str, Tensor]]):
+        self.update, self.calls, self.stream, self.graph = update, 0, torch.cuda.Stream(), torch.cuda.CUDAGraph()
+
+    def __call__(self) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                losses = self.update()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return losses
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph):
+                self.losses = self.update()
+        self.graph.replay()
+        return self.losses
 
 
 # -------------------------------------------------------------------------------------------- environment and evaluation
@@ -281,7 +356,7 @@ def describe_run(args: Args, device: torch.device) -> dict:
 def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict, **counters):
     """Write all that a run goes on from. At the end of an episode that is all: no simulator state, and no random stream of its own."""
     state = {name: part.state_dict() for name, part in learned.items()} | counters | {"config": config}
-    state |= {"rows": buffer.rows[: buffer.size].clone(), "position": buffer.position, "rng": torch.get_rng_state()}
+    state |= {"rows": buffer.rows[: int(buffer.size)].clone(), "position": buffer.position, "rng": torch.get_rng_state()}
     state |= {"device_rng": torch.cuda.get_rng_state() if buffer.rows.is_cuda else None}
     write_file(path, lambda file: torch.save(state, file))
 
@@ -298,8 +373,9 @@ def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dic
         fail(f"{path} was made with another {', '.join(changed)}; --resume needs the same arguments")
     for name, part in learned.items():
         part.load_state_dict(state[name])
-    buffer.position, buffer.size = state["position"], len(state["rows"])
-    buffer.rows[: buffer.size] = state["rows"]
+    buffer.position = state["position"]
+    buffer.size.fill_(len(state["rows"]))
+    buffer.rows[: len(state["rows"])] = state["rows"]
     torch.set_rng_state(state["rng"].cpu())
     if buffer.rows.is_cuda and state["device_rng"] is not None:  # a run that moved here from a CPU has none
         torch.cuda.set_rng_state(state["device_rng"].cpu())
@@ -356,18 +432,12 @@ def main(args: Args):
     (observation_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
 
     run_dir = args.output_dir / f"{args.env_id}__sac_baseline__s{args.seed}"
-    actor = Actor(observation_dim, action_dim, args.sac_hidden_dim).to(device)
-    critic = TwinCritic(observation_dim, action_dim, args.sac_hidden_dim).to(device)
-    target_critic = copy.deepcopy(critic)
-    temperature = nn.ParameterDict({"log_alpha": torch.zeros(())}).to(device)
-    log_alpha = temperature["log_alpha"]  # in a module, to be saved and restored like the networks
-    target_entropy = -action_dim
-    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.actor_lr, fused=True)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
-    alpha_optimizer = torch.optim.Adam(temperature.parameters(), lr=args.actor_lr, fused=True)
+    agent = SAC(observation_dim, action_dim, args, device)
     buffer = ReplayBuffer(args.buffer_size, (observation_dim, action_dim, observation_dim, 1, 1), device)
-    learned = dict(actor=actor, critic=critic, target_critic=target_critic, temperature=temperature)
-    learned |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, alpha_optimizer=alpha_optimizer)
+    update = partial(agent.update, buffer)
+    if device.type == "cuda":
+        update = GraphedUpdate(update)
+    learned = {"agent": agent, "critic_optimizer": agent.critic_optimizer, "actor_optimizer": agent.actor_optimizer}
 
     config, checkpoint_path = describe_run(args, device), run_dir / "checkpoint.pt"
     try:
@@ -384,7 +454,7 @@ def main(args: Args):
         if start >= args.total_timesteps or (target is not None and last_step == start and last_return >= target):
             print(f"{run_dir} has finished its {start:,} steps already")
             if args.save_demos:
-                record_demonstrations(args.save_demos, actor, eval_env, args, config)
+                record_demonstrations(args.save_demos, agent.actor, eval_env, args, config)
             return
     write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
     writer = SummaryWriter(run_dir, purge_step=start + 1)
@@ -393,45 +463,20 @@ def main(args: Args):
     episode_return, episode_length, last_checkpoint, clock = 0.0, 0, start, time.perf_counter() - wall_time
 
     for step in range(start + 1, args.total_timesteps + 1):
-        # Act.
-        with torch.no_grad():
-            if step <= args.learning_starts:
-                action = (2 * torch.rand(action_dim) - 1).numpy()
-            else:
-                action = actor.sample(torch.from_numpy(observation).to(device))[0].cpu().numpy()
+        # Act and learn, then step the environment: on a GPU the update has only been queued by then, and both go on at a time.
+        if step <= args.learning_starts:
+            action = (2 * torch.rand(action_dim) - 1).numpy()
+        else:
+            with torch.no_grad():
+                action = agent.actor.sample(torch.from_numpy(observation).to(device))[0].cpu().numpy()
+            losses = update()
+            if step % 1_000 == 0:
+                for name, value in losses.items():
+                    writer.add_scalar(f"losses/{name}", value.item(), step)
         next_observation, reward, terminated, truncated, _ = env.step(action)
         # A truncated episode would have gone on, so values are bootstrapped through its end; a terminated one is over.
         buffer.add(observation, action, next_observation, np.array([reward]), np.array([terminated]))
         observation = next_observation
-
-        if step > args.learning_starts:
-            observations, actions, next_observations, rewards, terminations = buffer.sample(args.batch_size)
-            rewards, discount = rewards.squeeze(-1), args.gamma * (1 - terminations.squeeze(-1))
-
-            # Critics: one step on the soft Bellman error.
-            alpha = log_alpha.detach().exp()
-            qf_loss = critic_loss(critic, target_critic, actor, alpha, observations, actions, next_observations, rewards, discount)
-            critic_optimizer.zero_grad()
-            qf_loss.backward()
-            critic_optimizer.step()
-
-            # Actor: towards actions of high value and high entropy. `inputs` keeps the gradient out of the critics.
-            policy_loss, log_prob, _, _ = actor_loss(actor, critic, alpha, observations)
-            actor_optimizer.zero_grad()
-            policy_loss.backward(inputs=list(actor.parameters()))
-            actor_optimizer.step()
-
-            # Temperature: up where the entropy is below its target, down where it is above.
-            alpha_optimizer.zero_grad()
-            temperature_loss(log_alpha, log_prob, target_entropy).backward()
-            alpha_optimizer.step()
-
-            polyak_update(target_critic, critic, args.tau)
-
-            if step % 1_000 == 0:
-                losses = {"qf_loss": qf_loss, "actor_loss": policy_loss, "alpha": alpha, "entropy": -log_prob.mean()}
-                for name, value in losses.items():
-                    writer.add_scalar(f"losses/{name}", value.item(), step)
 
         done = terminated or truncated
         episode_return, episode_length = episode_return + float(reward), episode_length + 1
@@ -444,7 +489,7 @@ def main(args: Args):
 
         if step % args.eval_every == 0:
             seeds = [episode_seed(args.seed, EVALUATION, step, i) for i in range(args.eval_episodes)]
-            evaluations.append([step, *evaluate(actor, eval_env, seeds)])
+            evaluations.append([step, *evaluate(agent.actor, eval_env, seeds)])
             write_evaluations(run_dir / "evaluations.csv", evaluations)
             mean_return, std_return = evaluations[-1][1:3]
             writer.add_scalar("eval/return", mean_return, step)
@@ -463,7 +508,7 @@ def main(args: Args):
     writer.close()
     counters = {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations}
     save_checkpoint(checkpoint_path, learned, buffer, config, **counters)
-    policy = {"actor": actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}
+    policy = {"actor": agent.actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}
     policy |= {"observation_mean": torch.zeros(observation_dim), "observation_std": torch.ones(observation_dim)}
     write_file(run_dir / "policy.pt", lambda file: torch.save(policy, file))
     config |= {"finished_at_step": step, "wall_time_seconds": round(time.perf_counter() - clock)}
@@ -476,7 +521,7 @@ def main(args: Args):
         print(f"no evaluation reached --target-return {args.target_return}: nothing was recorded")
         raise SystemExit(1)
     if args.save_demos:
-        record_demonstrations(args.save_demos, actor, eval_env, args, config)
+        record_demonstrations(args.save_demos, agent.actor, eval_env, args, config)
 
 
 if __name__ == "__main__":
