@@ -35,6 +35,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -559,13 +560,17 @@ def check_numbers(args: Args):
 
 
 def write_file(path: Path, write: Callable):
-    """Call `write` on a file beside `path` and rename it: `path` is written whole or not at all."""
+    """Call `write` on a file beside `path` and rename it: `path` is written whole or not at all. Exits with code 2 where it cannot be."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path}, and left it as it was: {' '.join(str(error).split())}")
 
 
 def describe_run(args: Args, device: torch.device) -> dict:
@@ -584,6 +589,29 @@ def describe_run(args: Args, device: torch.device) -> dict:
     }
 
 
+def catch_stop_signals() -> list[int]:
+    """A list that gets SIGTERM or SIGINT (Ctrl-C) when it comes, in place of the end of the program; the second one ends it at once."""
+    caught = []
+
+    def handler(number: int, _):
+        if caught:
+            raise SystemExit(128 + number)
+        caught.append(number)
+        tqdm.write(f"{signal.Signals(number).name}: the run ends where this episode does; once more ends it at once", file=sys.stderr)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+    return caught
+
+
+def check_finite(values: dict[str, Tensor], step: int):
+    """Exit with code 1 where a loss, reward or parameter is no longer finite: the last checkpoint was, and is kept."""
+    for name, value in values.items():
+        if not torch.isfinite(value).all():
+            print(f"{Path(sys.argv[0]).name}: {name} is not finite at step {step}; the last checkpoint is kept", file=sys.stderr)
+            raise SystemExit(1)
+
+
 def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict, **counters):
     """Write all that a run goes on from. At the end of an episode that is all: no simulator state, and no random stream of its own."""
     state = {name: part.state_dict() for name, part in learned.items()} | counters | {"config": config}
@@ -597,19 +625,19 @@ def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dic
     try:
         state = torch.load(path, map_location=buffer.rows.device, weights_only=True)
         before = state["config"]["args"]
+        changed = [name for name, value in config["args"].items() if name not in MAY_CHANGE_ON_RESUME and value != before.get(name)]
+        if changed:
+            fail(f"{path} was made with another {', '.join(changed)}; --resume needs the same arguments")
+        for name, part in learned.items():
+            part.load_state_dict(state[name])
+        buffer.position = state["position"]
+        buffer.size.fill_(len(state["rows"]))
+        buffer.rows[: len(state["rows"])] = state["rows"]
+        torch.set_rng_state(state["rng"].cpu())
+        if buffer.rows.is_cuda and state["device_rng"] is not None:  # a run that moved here from a CPU has none
+            torch.cuda.set_rng_state(state["device_rng"].cpu())
     except Exception:  # what a damaged archive raises is open-ended
         fail(f"{path} is not a whole checkpoint of this script; it is left as it is")
-    changed = [name for name, value in config["args"].items() if name not in MAY_CHANGE_ON_RESUME and value != before.get(name)]
-    if changed:
-        fail(f"{path} was made with another {', '.join(changed)}; --resume needs the same arguments")
-    for name, part in learned.items():
-        part.load_state_dict(state[name])
-    buffer.position = state["position"]
-    buffer.size.fill_(len(state["rows"]))
-    buffer.rows[: len(state["rows"])] = state["rows"]
-    torch.set_rng_state(state["rng"].cpu())
-    if buffer.rows.is_cuda and state["device_rng"] is not None:  # a run that moved here from a CPU has none
-        torch.cuda.set_rng_state(state["device_rng"].cpu())
     resumed = {"step": state["step"]} | {name: config[name] for name in ("command", "commit", "versions")}
     config |= state["config"] | {"args": config["args"], "resumed": [*state["config"].get("resumed", []), resumed]}
     return state
@@ -677,6 +705,8 @@ def main(args: Args):
     check_numbers(args)
     if args.learning_starts >= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} leaves nothing to learn in --total-timesteps {args.total_timesteps}")
+    if args.batch_size > min(args.buffer_size, args.total_timesteps):
+        fail(f"--batch-size {args.batch_size} is more than will be stored: see --buffer-size and --total-timesteps")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch sees no CUDA device; use --device cpu")
     if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
@@ -726,9 +756,15 @@ def main(args: Args):
             return
     write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
     writer = SummaryWriter(run_dir, purge_step=start + 1)
+    losses, stop = {}, catch_stop_signals()
     progress = tqdm(total=args.total_timesteps, initial=start, unit=" steps", disable=None, dynamic_ncols=True)
     observation, _ = env.reset(seed=episode_seed(args.seed, TRAINING, episode))
     episode_return, episode_length, last_checkpoint, clock = 0.0, 0, start, time.perf_counter() - wall_time
+
+    def checkpoint(step: int):
+        check_finite(losses | agent.state_dict(), step)
+        counters = {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations}
+        save_checkpoint(checkpoint_path, learned, buffer, config, **counters)
 
     for step in range(start + 1, args.total_timesteps + 1):
         # Act and learn, then step the environment: on a GPU the update has only been queued by then, and both go on at a time.
@@ -737,8 +773,10 @@ def main(args: Args):
         else:
             with torch.no_grad():
                 action = agent.actor.sample(torch.from_numpy(observation).to(device))[0].cpu().numpy()
+            check_finite({"action": torch.from_numpy(action)}, step)
             losses = update()
             if step % 1_000 == 0:
+                check_finite(losses, step)
                 for name, value in losses.items():
                     writer.add_scalar(f"losses/{name}", value.item(), step)
         next_observation, reward, terminated, truncated, _ = env.step(action)
@@ -757,6 +795,7 @@ def main(args: Args):
         progress.update()
 
         if step % args.eval_every == 0:
+            check_finite(losses | agent.state_dict(), step)
             seeds = [episode_seed(args.seed, EVALUATION, step, i) for i in range(args.eval_episodes)]
             evaluations.append([step, *evaluate(agent.actor, eval_env, seeds)])
             write_evaluations(run_dir / "evaluations.csv", evaluations)
@@ -766,16 +805,21 @@ def main(args: Args):
             share = share_of_expert(mean_return, demos.expert_return)
             progress.write(f"{step:>9,} steps: return {mean_return:8.1f} ± {std_return:6.1f}, {share}")
             progress.set_postfix_str(f"return {mean_return:.0f}, {share}")
-        if done and step - last_checkpoint >= args.checkpoint_every:
-            counters = {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations}
-            save_checkpoint(checkpoint_path, learned, buffer, config, **counters)
+        if done and (stop or step - last_checkpoint >= args.checkpoint_every):
+            checkpoint(step)
             last_checkpoint = step
+            if stop and step < args.total_timesteps:
+                progress.close()
+                writer.close()
+                print(f"{run_dir}: stopped at step {step:,}; the same command with --resume goes on from there", file=sys.stderr)
+                raise SystemExit(128 + stop[0])
 
     # The end: policy, checkpoint, summary.
     progress.close()
     writer.close()
-    counters = {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations}
-    save_checkpoint(checkpoint_path, learned, buffer, config, **counters)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    checkpoint(step)
     policy = {"actor": agent.actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}
     policy |= {"observation_mean": torch.from_numpy(mean), "observation_std": torch.from_numpy(std)}
     write_file(run_dir / "policy.pt", lambda file: torch.save(policy, file))

@@ -7,7 +7,9 @@ import copy
 import csv
 import json
 import math
+import pickle
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -512,7 +515,16 @@ class Corridor(gym.Env):
         return self.observation(), 7.0, end and not odd, end and odd, {}
 
 
+def spaces_only(observation_space: gym.Space, action_space: gym.Space) -> type[gym.Env]:
+    return type("SpacesOnly", (gym.Env,), {"observation_space": observation_space, "action_space": action_space})
+
+
 gym.register("Corridor-v0", entry_point=Corridor)
+BOX = gym.spaces.Box(-1, 1, (2,))
+gym.register("Dict-v0", entry_point=spaces_only(gym.spaces.Dict(position=BOX), BOX))
+gym.register("Image-v0", entry_point=spaces_only(gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), BOX))
+gym.register("Unbounded-v0", entry_point=spaces_only(BOX, gym.spaces.Box(-np.inf, np.inf, (2,))))
+gym.register("Whole-v0", entry_point=spaces_only(BOX, gym.spaces.Box(0, 5, (2,), np.int64)))
 SMALL = dict(env_id="Corridor-v0", learning_starts=20, batch_size=64, buffer_size=500, sac_hidden_dim=8, eval_every=50, eval_episodes=2)
 
 
@@ -589,7 +601,7 @@ def test_what_the_discriminator_gets(state_only, normalize, tmp_path, monkeypatc
     calls, original = [], diffail.discriminator_loss
     monkeypatch.setattr(diffail, "discriminator_loss", lambda *args: calls.append(args) or original(*args))
     args = dict(**SMALL, demos=path, num_trajectories=2, state_only=state_only, normalize_observations=normalize, hidden_dim=8)
-    diffail.main(diffail.Args(**args, total_timesteps=60, output_dir=tmp_path))
+    diffail.main(diffail.Args(**args, total_timesteps=70, output_dir=tmp_path))
     with np.load(path) as file:
         data = {name: file[name][:10] for name in ("observations", "actions", "next_observations")}  # of two episodes, not three
     mean, std = (data["observations"].mean(0), data["observations"].std(0)) if normalize else (0, 1)
@@ -610,7 +622,7 @@ def test_what_the_discriminator_gets(state_only, normalize, tmp_path, monkeypatc
 
 def test_a_coordinate_that_never_moves_is_only_centred(tmp_path):
     args = dict(**SMALL, demos=corridor_demos(tmp_path / "d.npz"), normalize_observations=True, hidden_dim=8)
-    diffail.main(diffail.Args(**args, total_timesteps=30, output_dir=tmp_path))  # one trajectory: the parity is always 0
+    diffail.main(diffail.Args(**args, total_timesteps=70, output_dir=tmp_path))  # one trajectory: the parity is always 0
     policy = torch.load(next(tmp_path.glob("*/policy.pt")), weights_only=True)
     np.testing.assert_allclose(policy["observation_mean"], [2, 0])
     np.testing.assert_allclose(policy["observation_std"], [math.sqrt(2), 1], rtol=1e-6)
@@ -642,7 +654,7 @@ def test_the_released_hyperparameters_are_the_defaults(env_id, expected, tmp_pat
 def test_optimizers_and_target_entropy_are_the_released_ones(tmp_path, monkeypatch):
     entropies, original = [], diffail.temperature_loss
     monkeypatch.setattr(diffail, "temperature_loss", lambda *args: entropies.append(args[2]) or original(*args))
-    diffail.main(diffail.Args(**SMALL, demos=corridor_demos(tmp_path / "d.npz"), hidden_dim=8, total_timesteps=30, output_dir=tmp_path))
+    diffail.main(diffail.Args(**SMALL, demos=corridor_demos(tmp_path / "d.npz"), hidden_dim=8, total_timesteps=70, output_dir=tmp_path))
     state = torch.load(next(tmp_path.glob("*/checkpoint.pt")), weights_only=True)
     groups = {name: state[f"{name}_optimizer"]["param_groups"][0] for name in ("discriminator", "actor", "critic")}
     assert {name: (group["lr"], *group["betas"]) for name, group in groups.items()} == {
@@ -736,33 +748,85 @@ def damaged(change: str, path: Path) -> Path:
             "float64": lambda d: d.update(observations=d["observations"].astype(np.float64)),
             "no transitions": lambda d: d.update({k: v[:0] for k, v in d.items() if k != "metadata"}),
             "no whole episode": lambda d: d.update({k: v[:4] for k, v in d.items() if k != "metadata"}),
+            "expert return": lambda d: d.update(metadata=np.array(json.dumps({"env_id": "Corridor-v0", "returns": [math.nan]}))),
         }
         edits[change](data)
         np.savez(path, **data)
     return path
 
 
-DAMAGE = {
-    "missing": "sac_baseline.py --env-id Corridor-v0 --save-demos", "empty file": "not a whole", "truncated": "not a whole",
-    "not an archive": "not a whole", "pickle": "not a whole", "no actions": "not a whole", "no metadata": "not a whole",
-    "extra dimension": "observations is", "other environment": "recorded in Ant-v4", "other width": "observations is",
-    "lengths": "actions is", "nan": "not finite", "infinity": "not finite", "bounds": "outside the bounds", "float64": "float64",
-    "no transitions": "at least one", "no whole episode": "holds 0 episodes",
-}  # fmt: skip
+BAD_INPUT = [  # what is done to the demonstrations, further arguments, and a part of the line that is printed
+    ("missing", "", "sac_baseline.py --env-id Corridor-v0 --save-demos"),
+    ("missing", "", "(there are: other)"),
+    ("empty file", "", "not a whole"),
+    ("truncated", "", "not a whole"),
+    ("not an archive", "", "not a whole"),
+    ("pickle", "", "not a whole"),
+    ("no actions", "", "not a whole"),
+    ("no metadata", "", "not a whole"),
+    ("extra dimension", "", "observations is"),
+    ("other environment", "", "recorded in Ant-v4"),
+    ("other width", "", "observations is"),
+    ("lengths", "", "actions is"),
+    ("nan", "", "not finite"),
+    ("infinity", "", "not finite"),
+    ("bounds", "", "outside the bounds"),
+    ("float64", "", "float64"),
+    ("no transitions", "", "at least one"),
+    ("no whole episode", "", "holds 0 episodes"),
+    ("expert return", "", "the expert's mean return in the metadata is nan"),
+    ("", "--num-trajectories 4", "holds 3 episodes, --num-trajectories asks for 4"),
+    ("", "--num-trajectories 0", "--num-trajectories is 0, and must be a finite number from 1"),
+    ("", "--env-id NoSuch-v0", "cannot make the environment"),
+    ("", "--env-id HalfCheetah-v2", "cannot make the environment 'HalfCheetah-v2'"),
+    ("", "--env-id CartPole-v1", "action space must be a one-dimensional Box"),
+    ("", "--env-id FrozenLake-v1", "observation space must be a one-dimensional Box"),
+    ("", "--env-id Dict-v0", "observation space must be a one-dimensional Box"),
+    ("", "--env-id Image-v0", "observation space must be a one-dimensional Box"),
+    ("", "--env-id Unbounded-v0", "must have finite bounds"),
+    ("", "--env-id Whole-v0", "must hold floating-point numbers"),
+    ("", "--diffusion-steps 0", "--diffusion-steps is 0, and must"),
+    ("", "--discriminator-lr -1", "--discriminator-lr is -1.0, and must be a finite number from 0"),
+    ("", "--actor-lr nan", "--actor-lr is nan, and must"),
+    ("", "--reward-scale inf", "--reward-scale is inf, and must"),
+    ("", "--gamma 1.5", "--gamma is 1.5, and must be a finite number from 0 to 1"),
+    ("", "--initial-temperature 0", "--initial-temperature is 0.0, and must"),
+    ("", "--seed -1", "--seed is -1, and must"),
+    ("", "--batch-size 0", "--batch-size is 0, and must"),
+    ("", "--batch-size 501", "--batch-size 501 is more than will be stored"),
+    ("", "--learning-starts 1000 --total-timesteps 1000", "leaves nothing to learn"),
+    ("", "--output-dir {file}", "cannot write to"),
+    ("", "--compile", "--compile needs a C++ compiler"),
+    pytest.param("", "--device cuda", "no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")),
+]
 
 
-@pytest.mark.parametrize("change", DAMAGE)
-def test_a_bad_demonstration_file_is_one_line_and_exit_code_2(change, tmp_path, capsys):
-    path = damaged(change, tmp_path / "demos.npz")
-    before = path.read_bytes() if path.exists() else None
+@pytest.mark.parametrize("damage, arguments, message", BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_2(damage, arguments, message, tmp_path, capsys, monkeypatch):
+    path = damaged(damage, tmp_path / "demos.npz") if damage else corridor_demos(tmp_path / "demos.npz")
+    corridor_demos(tmp_path / "other.npz")
+    if "--compile" in arguments:
+        monkeypatch.setenv("CXX", "no-such-compiler")
+    (tmp_path / "file").write_text("not a folder")
+    command = "--env-id Corridor-v0 --learning-starts 20 --buffer-size 500 --total-timesteps 700 "
+    command += "--demos {0}/demos.npz --output-dir {0}/runs "
+    words = (command + arguments).format(tmp_path, file=tmp_path / "file").split()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(SystemExit) as exit_:
-        diffail.main(diffail.Args(**SMALL, total_timesteps=100, demos=path, output_dir=tmp_path / "runs"))
-    message = capsys.readouterr().err
-    assert exit_.value.code == 2 and DAMAGE[change] in message and str(path) in message and message.count("\n") == 1
-    assert not (tmp_path / "runs").exists() and (path.read_bytes() if path.exists() else None) == before
+        diffail.main(tyro.cli(diffail.Args, args=words))
+    done = capsys.readouterr()
+    assert exit_.value.code == 2 and message in done.err and done.err.count("\n") == 1 and done.out == ""
+    assert str(path) in done.err or not damage
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before  # nothing changed, no folder made
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+def test_bad_input_from_the_command_line():
+    for words in (["--num-trajectories", "17"], ["--noise-schedule", "quadratic"]):
+        done = run("diffail.py", *words)
+        assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_damage_to_the_bytes_is_a_correct_load_or_one_line(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "bytes"
@@ -790,39 +854,9 @@ def test_any_damage_to_the_bytes_is_a_correct_load_or_one_line(tmp_path_factory,
         assert loaded.expert_return == original.expert_return
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ("--env-id NoSuch-v0", "cannot make the environment"),
-        ("--env-id CartPole-v1", "action space must be a one-dimensional Box"),
-        ("--env-id FrozenLake-v1", "observation space must be a one-dimensional Box"),
-        ("--env-id Ant-v4 --demos none.npz", "sac_baseline.py --env-id Ant-v4 --save-demos none.npz"),
-        ("--num-trajectories 17", "holds 16 episodes, --num-trajectories asks for 17"),
-        ("--num-trajectories 0", "--num-trajectories is 0, and must be a finite number from 1"),
-        ("--diffusion-steps 0", "--diffusion-steps is 0, and must"),
-        ("--discriminator-lr -1", "--discriminator-lr is -1.0, and must be a finite number from 0"),
-        ("--actor-lr nan", "--actor-lr is nan, and must"),
-        ("--reward-scale inf", "--reward-scale is inf, and must"),
-        ("--gamma 1.5", "--gamma is 1.5, and must be a finite number from 0 to 1"),
-        ("--initial-temperature 0", "--initial-temperature is 0.0, and must"),
-        ("--env-id HalfCheetah-v2", "cannot make the environment 'HalfCheetah-v2'"),
-        ("--output-dir README.md", "cannot write to README.md"),
-        ("--batch-size 0", "--batch-size is 0, and must"),
-        ("--learning-starts 1000 --total-timesteps 1000", "leaves nothing to learn"),
-        ("--demos README.md", "README.md is not a whole demonstration file"),
-        pytest.param("--device cuda", "no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")),
-    ],
-)
-def test_bad_arguments_are_one_line_and_exit_code_2(arguments, message, tmp_path):
-    command = [sys.executable, HERE / "diffail.py", "--output-dir", tmp_path / "runs", *arguments.split()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, timeout=120)
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
-    assert not (tmp_path / "runs").exists()
-
-
 def test_nothing_is_overwritten(tmp_path, capsys):
     demos = corridor_demos(tmp_path / "demos.npz")
-    args = dict(**SMALL, total_timesteps=30, output_dir=tmp_path / "runs")
+    args = dict(**SMALL, total_timesteps=70, output_dir=tmp_path / "runs")
     diffail.main(diffail.Args(**args, demos=demos, hidden_dim=8))
     sac_baseline.main(sac_baseline.Args(**args))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -885,32 +919,139 @@ def test_command_line_end_to_end(script, flags, name, device, tmp_path):
             np.testing.assert_array_equal(first["actions"], second["actions"])
 
 
-def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(tmp_path):
+def pendulum_demos(folder: Path) -> list:
+    """The arguments of a small DiffAIL run on Pendulum-v1, with demonstrations made for it."""
     small = ["--env-id", "Pendulum-v1", "--learning-starts", 150, "--batch-size", 16, "--sac-hidden-dim", 8]
     small += ["--eval-every", 100, "--eval-episodes", 1]
-    demos = tmp_path / "demos.npz"
-    assert run("sac_baseline.py", *small, "--total-timesteps", 200, "--save-demos", demos, "--output-dir", tmp_path / "sac").returncode == 0
-    flags = [*small, "--demos", demos, "--hidden-dim", 8, "--total-timesteps", 2000, "--checkpoint-every", 200, "--output-dir"]
+    recording = ["--total-timesteps", 200, "--save-demos", folder / "demos.npz", "--output-dir", folder / "sac"]
+    recorded = run("sac_baseline.py", *small, *recording)
+    assert recorded.returncode == 0, recorded.stderr
+    return [*small, "--demos", folder / "demos.npz", "--hidden-dim", 8]
+
+
+def test_stopped_and_resumed_is_bit_for_bit_the_uninterrupted_run(tmp_path):
+    flags = [*pendulum_demos(tmp_path), "--total-timesteps", 2000, "--checkpoint-every", 200, "--output-dir"]
     assert run("diffail.py", *flags, tmp_path / "whole").returncode == 0
     (whole,) = (tmp_path / "whole").iterdir()
-    killed = tmp_path / "killed" / whole.name
-    for rows in (2, 7, 12):
-        command = [sys.executable, "diffail.py", *map(str, flags), str(tmp_path / "killed"), "--resume"]
-        process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (killed / "evaluations.csv").exists() or (killed / "evaluations.csv").read_text().count("\n") <= rows:
+    stopped = tmp_path / "stopped" / whole.name
+    for rows, number in ((2, signal.SIGKILL), (5, signal.SIGTERM), (8, signal.SIGKILL), (11, signal.SIGINT), (14, signal.SIGKILL)):
+        command = [sys.executable, "diffail.py", *map(str, flags), str(tmp_path / "stopped"), "--resume"]
+        process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while not (stopped / "evaluations.csv").exists() or (stopped / "evaluations.csv").read_text().count("\n") <= rows:
             assert process.poll() is None
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    done = run("diffail.py", *flags, tmp_path / "killed", "--resume")
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        if number == signal.SIGKILL:
+            assert process.returncode == -number
+        else:  # a checkpoint, one line on how to resume, and the exit code of a shell
+            assert process.returncode == 128 + number and errors.splitlines()[-1].endswith("with --resume goes on from there"), errors
+            state = torch.load(stopped / "checkpoint.pt", weights_only=True)
+            assert f"stopped at step {state['step']:,}" in errors and state["step"] % 200 == 0
+    done = run("diffail.py", *flags, tmp_path / "stopped", "--resume")
     assert done.returncode == 0, done.stderr
-    resumed = [entry["step"] for entry in json.loads((killed / "config.json").read_text())["resumed"]]
+    resumed = [entry["step"] for entry in json.loads((stopped / "config.json").read_text())["resumed"]]
     assert 0 < resumed[0] < resumed[-1] < 2000 and resumed == sorted(resumed)
-    assert (killed / "evaluations.csv").read_bytes() == (whole / "evaluations.csv").read_bytes()
-    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (killed, whole))
+    assert (stopped / "evaluations.csv").read_bytes() == (whole / "evaluations.csv").read_bytes()
+    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (stopped, whole))
     for state in (ours, theirs):
         del state["wall_time"], state["config"]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+    again = run("diffail.py", *flags, tmp_path / "again")  # and the same command gives the same evaluations
+    assert again.returncode == 0
+    assert next((tmp_path / "again").glob("*/evaluations.csv")).read_bytes() == (whole / "evaluations.csv").read_bytes()
+
+
+def small_run(tmp_path: Path, **changes) -> tuple[diffail.Args, Path]:
+    """Arguments of a run on Corridor-v0, and the path of its checkpoint."""
+    demos = tmp_path / "demos.npz"
+    args = SMALL | dict(demos=demos if demos.exists() else corridor_demos(demos), hidden_dim=8, total_timesteps=100, output_dir=tmp_path)
+    return diffail.Args(**args | changes), tmp_path / "Corridor-v0__diffail__state-action__1traj__s1" / "checkpoint.pt"
+
+
+def test_a_checkpoint_that_is_not_one_is_one_line_and_left_as_it_is(tmp_path, capsys):
+    args, path = small_run(tmp_path)
+    diffail.main(args)
+    whole = path.read_bytes()
+    sac_baseline.main(sac_baseline.Args(**SMALL, total_timesteps=100, output_dir=tmp_path))
+    foreign = (tmp_path / "Corridor-v0__sac_baseline__s1" / "checkpoint.pt").read_bytes()
+    for content in (b"", whole[: len(whole) // 2], whole[:-100], b"not a checkpoint", foreign):
+        path.write_bytes(content)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            diffail.main(small_run(tmp_path, resume=True, total_timesteps=200)[0])
+        message = capsys.readouterr().err
+        assert exit_.value.code == 2 and str(path) in message and message.count("\n") == 1
+        assert path.read_bytes() == content
+
+
+def test_no_file_can_run_code(tmp_path, capsys):
+    class Hostile:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "it ran",)
+
+    path = small_run(tmp_path)[1]
+    torch.save({"config": {"args": {}}, "agent": Hostile()}, tmp_path / "hostile.pt")
+    torch.load(tmp_path / "hostile.pt", weights_only=False)
+    (tmp_path / "it ran").unlink()  # so the payload does its work where something runs it
+    path.parent.mkdir()
+    for content in ((tmp_path / "hostile.pt").read_bytes(), pickle.dumps(Hostile())):
+        path.write_bytes(content)
+        with pytest.raises(SystemExit):
+            diffail.main(small_run(tmp_path, resume=True)[0])
+    np.savez(tmp_path / "demos.npz", observations=np.array([Hostile()], dtype=object), metadata="{}")
+    for content in ((tmp_path / "demos.npz").read_bytes(), pickle.dumps(Hostile())):
+        (tmp_path / "demos.npz").write_bytes(content)
+        with pytest.raises(SystemExit):
+            diffail.main(small_run(tmp_path, seed=2)[0])
+    (code,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    with pytest.raises(pickle.UnpicklingError):
+        exec(re.sub(r'"runs/.*?/policy.pt"', repr(str(tmp_path / "hostile.pt")), code), {})
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_a_disk_that_is_full_leaves_the_last_checkpoint(tmp_path):
+    flags = [*pendulum_demos(tmp_path), "--checkpoint-every", 200, "--output-dir", tmp_path, "--resume", "--total-timesteps"]
+    assert run("diffail.py", *flags, 400).returncode == 0
+    (path,) = tmp_path.glob("*diffail*/checkpoint.pt")
+    before = path.read_bytes()
+    limit = len(before) + 2_000  # bytes a file may have: the transitions of the next checkpoint do not fit
+    full = run("diffail.py", *flags, 2000, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert full.returncode == 2 and f"cannot write {path}, and left it as it was" in full.stderr and full.stderr.count("\n") == 1
+    assert path.read_bytes() == before and not list(path.parent.glob("*.tmp"))
+    assert run("diffail.py", *flags, 600).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("policy_loss", "policy_loss is not finite at step 200"),
+        ("surrogate_reward", "surrogate_reward is not finite at step 200"),
+        ("critic", "critic.q1.0.weight is not finite at step 200"),
+        ("actor", "action is not finite at step 150"),
+    ],
+)
+def test_what_is_not_finite_ends_the_run_and_keeps_the_checkpoint(what, message, tmp_path, monkeypatch, capsys):
+    diffail.main(small_run(tmp_path)[0])
+    path, calls = small_run(tmp_path)[1], []
+    before, update = path.read_bytes(), diffail.DiffAIL.update
+
+    def broken(self, *args):
+        losses = update(self, *args)
+        calls.append(losses)
+        if what == "actor" and len(calls) == 49:
+            self.actor.net[0].weight.data[0, 0] = math.nan
+        if what == "critic" and len(calls) == 100:
+            self.critic.q1[0].weight.data[0, 0] = math.inf
+        return losses | ({what: torch.tensor(math.inf)} if what in losses else {})
+
+    monkeypatch.setattr(diffail.DiffAIL, "update", broken)
+    with pytest.raises(SystemExit) as exit_:
+        diffail.main(small_run(tmp_path, resume=True, total_timesteps=200)[0])
+    done = capsys.readouterr().err
+    assert exit_.value.code == 1 and message in done and done.count("\n") == 1
+    assert path.read_bytes() == before
 
 
 def test_the_whole_pipeline_learns_the_inverted_pendulum(tmp_path):
@@ -973,7 +1114,7 @@ def test_scripts_import_nothing_of_each_other_and_declare_the_pinned_requirement
 
 def test_the_policy_is_used_as_the_readme_says(tmp_path, monkeypatch):
     args = dict(**SMALL | {"sac_hidden_dim": 16}, demos=corridor_demos(tmp_path / "demos.npz"), normalize_observations=True, hidden_dim=8)
-    diffail.main(diffail.Args(**args, total_timesteps=50, output_dir=tmp_path))
+    diffail.main(diffail.Args(**args, total_timesteps=70, output_dir=tmp_path))
     (code,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     (path,) = tmp_path.glob("*/policy.pt")
     namespace = {}

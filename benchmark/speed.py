@@ -1,0 +1,241 @@
+"""Time per step of the scripts and of Stable-Baselines3's SAC, by stage, on HalfCheetah's sizes: one command, one table, one CSV.
+
+    pip install -r benchmark/requirements.txt
+    python benchmark/speed.py                      # on a CPU, with 1 and 2 threads; some 6 minutes
+    python benchmark/speed.py --device cuda
+
+The programs take turns, a few updates each, round after round, so that a busy moment of the machine falls on all of them; the table
+has the median of the rounds. What is timed is the scripts' own code, imported. The floor is the matrix products of one update alone,
+recorded as they happen and repeated with the same shapes. The whole program is `main`, environment included: the difference of two
+runs of different length, so that its start does not count.
+"""
+import argparse
+import contextlib
+import csv
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+ENV_ID, BATCH_SIZE, STORED = "HalfCheetah-v4", 256, 10_000
+STAGES = ("act", "sample", "discriminator", "reward", "critic", "actor", "target", "environment")
+COLUMNS = (*STAGES, "sum", "step", "whole program", "floor")
+
+
+class RecordProducts(TorchDispatchMode):
+    """Shapes and strides of the two factors of every matrix product that runs inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.factors = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.factors.append([(tuple(x.shape), x.stride()) for x in args[-2:]])
+        return function(*args, **(kwargs or {}))
+
+
+def matrix(shape: tuple[int, int], stride: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """A random matrix, transposed where the recorded one was."""
+    if stride[0] == 1 and shape[0] > 1:
+        return torch.randn(shape[::-1], device=device).t()
+    return torch.randn(shape, device=device)
+
+
+class Program:
+    """One of the scripts: its networks, filled buffer and environment, its stages as calls without arguments, and its whole step."""
+
+    def __init__(self, script: str, device: torch.device, **options):
+        self.module = module = importlib.import_module(script)
+        self.options, self.device = options, device
+        args = module.Args(env_id=ENV_ID, batch_size=BATCH_SIZE, **options)
+        for name, value in getattr(module, "ENVIRONMENT_DEFAULTS", {}).get("HalfCheetah", {}).items():
+            setattr(args, name, value)
+        env = module.make_env(ENV_ID)
+        (o,), (a,) = env.observation_space.shape, env.action_space.shape
+        self.kind = kind = next(getattr(module, name) for name in ("DiffAIL", "GAIL", "SAC") if hasattr(module, name))
+        agent = kind(o, a, args, device)
+        widths = (o, a, o, 1, 1) if script == "sac_baseline" else (o, a, o)
+        buffer = module.ReplayBuffer(args.buffer_size, widths, device)
+        with np.load(ROOT / "demos" / f"{ENV_ID}.npz") as file:
+            demos = [torch.from_numpy(file[name][:STORED]).to(device) for name in ("observations", "actions", "next_observations")]
+        rows = torch.cat([part + 0.1 * torch.randn_like(part) for part in demos], dim=1)
+        buffer.rows[:STORED] = torch.nn.functional.pad(rows, (0, sum(widths) - rows.shape[1]))
+        buffer.size.fill_(STORED)
+        buffer.position = STORED
+        observation, _ = env.reset(seed=0)
+        first = [part[:1000] for part in demos]  # one demonstration
+        learner = [] if script == "sac_baseline" else [agent.discriminator_input(*first)]
+
+        def sample():
+            self.batch = buffer.sample(BATCH_SIZE)
+
+        def act():
+            with torch.no_grad():
+                self.action = agent.actor.sample(torch.from_numpy(observation).to(device))[0].cpu().numpy()
+
+        def environment():
+            following, reward, terminated, _, _ = env.step(self.action)
+            end = [np.array([reward]), np.array([terminated])] if script == "sac_baseline" else []
+            buffer.add(observation, self.action, following, *end)
+
+        update = partial(agent.update, *learner, buffer)
+        self.update = module.GraphedUpdate(update) if device.type == "cuda" else update
+        torch.compiler.set_stance("force_eager")  # compiled code keeps its products to itself
+        with RecordProducts() as products:
+            update()
+        torch.compiler.set_stance("default")
+        self.factors = [[matrix(*factor, device) for factor in pair] for pair in products.factors]
+        sample()
+        act()
+        self.stages = {"act": act, "sample": sample}
+        if learner:
+            dim = learner[0].shape[1]
+            x = learner[0][:BATCH_SIZE]
+            policy = agent.discriminator_input(*self.batch)
+            self.stages["sample"] = lambda: (sample(), sample())
+            self.stages["discriminator"] = lambda: agent.update_discriminator(x, policy)
+            if script == "diffail":
+                noise = partial(torch.randn, args.diffusion_steps, BATCH_SIZE, dim, device=device)
+                self.stages["reward"] = lambda: agent.surrogate_reward(agent.discriminator, policy, noise(), args.reward_form)
+            else:
+                self.stages["reward"] = lambda: module.surrogate_reward(agent.discriminator, policy)
+        rewards = torch.rand(BATCH_SIZE, device=device)
+        self.stages["critic"] = lambda: agent.update_critic(*self.batch[:3], rewards, args.gamma)
+        self.stages["actor"] = lambda: agent.update_actor(self.batch[0])
+        self.stages["target"] = lambda: module.polyak_update(agent.target_critic, agent.critic, args.tau)
+        self.stages["environment"] = environment
+
+    def step(self):
+        """What `main` does in one step: act, learn, step the environment, store."""
+        self.stages["act"]()
+        self.update()
+        self.stages["environment"]()
+
+    def floor(self):
+        """The matrix products of one update, alone."""
+        for a, b in self.factors:
+            torch.mm(a, b)
+
+    def whole_program(self, threads: int, steps: int = 200) -> float:
+        """Seconds per learning step of `main`: the time from one update to the next, over its last steps."""
+        begins, update = [], self.kind.update
+
+        def timed_update(*args):
+            begins.append(time.perf_counter())
+            return update(*args)
+
+        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+            options = dict(self.options, device=self.device.type, threads=threads, output_dir=Path(folder), eval_every=10**9)
+            args = self.module.Args(env_id=ENV_ID, learning_starts=300, total_timesteps=300 + 50 + steps, **options)
+            quiet = contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere)
+            with quiet[0], quiet[1], mock.patch.object(self.kind, "update", timed_update):
+                self.module.main(args)
+        return (begins[-1] - begins[-1 - steps]) / steps
+
+
+def stable_baselines(device: torch.device):
+    """SB3's SAC as it comes, and a function that makes it do n steps."""
+    warnings.filterwarnings("ignore")
+    from stable_baselines3 import SAC
+
+    agent = SAC("MlpPolicy", ENV_ID, learning_starts=100, device=device, seed=0)
+    agent.learn(300)
+    return lambda steps: agent.learn(steps, reset_num_timesteps=False)
+
+
+def seconds_per_call(functions: dict, calls: int, device: torch.device) -> dict:
+    """Mean seconds of each function, called in turn, as in a step: repeated by itself each would find its data in the cache."""
+    seconds = dict.fromkeys(functions, 0.0)
+    for _ in range(calls):
+        for name, function in functions.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name] += (time.perf_counter() - begin) / calls
+    return seconds
+
+
+def peak_memory(script: str, device: str, options: dict) -> float:
+    """MiB that a run of the script takes at most, as the system counts it."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, ROOT / f"{script}.py", "--env-id", ENV_ID, "--device", device, "--output-dir", folder]
+        command += [f"--{name.replace('_', '-')}" for name in options]
+        command += ["--learning-starts", "300", "--total-timesteps", "400", "--eval-every", "1000"]
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return os.wait4(process.pid, 0)[2].ru_maxrss / 1024
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--calls", type=int, default=20, help="of each stage, per round")
+    parser.add_argument("--output", type=Path, help="CSV to write")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    torch.set_flush_denormal(True)
+    runs = {"diffail.py": ("diffail", {"state_only": True}), "diffail.py --compile": ("diffail", {"state_only": True, "compile": True})}
+    if importlib.util.find_spec("gail_baseline"):
+        runs["gail_baseline.py"] = ("gail_baseline", {"state_only": True})
+    runs["sac_baseline.py"] = ("sac_baseline", {})
+    programs = {name: Program(script, device, **extra) for name, (script, extra) in runs.items()}
+    sb3 = stable_baselines(device)
+
+    rows, all_threads = [], (1, 2) if device.type == "cpu" else (1,)
+    times = {}
+    for round_ in range(-1, options.rounds):  # the first is for warming up
+        for threads in all_threads:
+            torch.set_num_threads(threads)
+            seconds = {("Stable-Baselines3 SAC", "step"): seconds_per_call({0: partial(sb3, options.calls)}, 1, device)[0] / options.calls}
+            for name, program in programs.items():
+                for functions in (program.stages, {"step": program.step}, {"floor": program.floor}):
+                    for stage, value in seconds_per_call(functions, options.calls, device).items():
+                        seconds[name, stage] = value
+            if round_ >= 0:
+                for (name, stage), value in seconds.items():
+                    times.setdefault((threads, name, stage), []).append(1e3 * value)
+
+    for threads in all_threads:
+        for name, program in programs.items():
+            times[threads, name, "whole program"] = [1e3 * program.whole_program(threads)]
+
+    median = {key: float(np.median(values)) for key, values in times.items()}
+    for threads in all_threads:
+        baseline = median[threads, "Stable-Baselines3 SAC", "step"]
+        print(f"\n{options.device}, {threads} threads: milliseconds; a step of Stable-Baselines3's SAC takes {baseline:.2f}\n")
+        print(f"{'':22}" + "".join(f"{column:>15}" for column in COLUMNS) + f"{'step / SB3':>12}{'step / floor':>14}")
+        for name in programs:
+            values = {stage: value for (n, program, stage), value in median.items() if (n, program) == (threads, name)}
+            values["sum"] = sum(values.get(stage, 0) for stage in STAGES)
+            cells = "".join(f"{values[column]:15.2f}" if column in values else f"{'':15}" for column in COLUMNS)
+            print(f"{name:22}{cells}{values['step'] / baseline:12.2f}{values['step'] / values['floor']:14.2f}")
+            rows += [[options.device, threads, name, stage, f"{value:.4f}"] for stage, value in values.items()]
+        rows.append([options.device, threads, "Stable-Baselines3 SAC", "step", f"{baseline:.4f}"])
+    print()
+    for name, (script, extra) in runs.items():
+        memory = peak_memory(script, options.device, extra)
+        rows.append([options.device, 1, name, "peak memory MiB", f"{memory:.0f}"])
+        print(f"{name:22}{memory:8.0f} MiB at most")
+    if options.output:
+        with open(options.output, "w", newline="") as file:
+            csv.writer(file).writerows([["device", "threads", "program", "stage", "milliseconds"], *rows])
+
+
+if __name__ == "__main__":
+    main()
