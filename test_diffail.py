@@ -1026,8 +1026,8 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     "what, message",
     [
-        ("policy_loss", "policy_loss is not finite at step 200"),
-        ("surrogate_reward", "surrogate_reward is not finite at step 200"),
+        ("policy_loss", "policy_loss is not finite at step 150"),
+        ("surrogate_reward", "surrogate_reward is not finite at step 150"),
         ("critic", "critic.q1.0.weight is not finite at step 200"),
         ("actor", "action is not finite at step 150"),
     ],

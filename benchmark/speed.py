@@ -1,7 +1,7 @@
 """Time per step of the scripts and of Stable-Baselines3's SAC, by stage, on HalfCheetah's sizes: one command, one table, one CSV.
 
     pip install -r benchmark/requirements.txt
-    python benchmark/speed.py                      # on a CPU, with 1 and 2 threads; some 6 minutes
+    python benchmark/speed.py                      # on a CPU, with 1 and 2 threads; some 8 minutes
     python benchmark/speed.py --device cuda
 
 The programs take turns, a few updates each, round after round, so that a busy moment of the machine falls on all of them; the table
@@ -211,9 +211,10 @@ def main():
                 for (name, stage), value in seconds.items():
                     times.setdefault((threads, name, stage), []).append(1e3 * value)
 
-    for threads in all_threads:
-        for name, program in programs.items():
-            times[threads, name, "whole program"] = [1e3 * program.whole_program(threads)]
+    for _ in range(3):
+        for threads in all_threads:
+            for name, program in programs.items():
+                times.setdefault((threads, name, "whole program"), []).append(1e3 * program.whole_program(threads))
 
     median = {key: float(np.median(values)) for key, values in times.items()}
     for threads in all_threads:
