@@ -1,10 +1,12 @@
-"""Tests of diffail.py and sac_baseline.py: mathematics against independent references, behaviour as a user sees it, bad input.
+"""Tests of the three scripts: mathematics against independent references, behaviour as a user sees it, bad input.
 
     python -m pytest
 """
 import ast
 import copy
 import csv
+import dataclasses
+import inspect
 import json
 import math
 import pickle
@@ -29,6 +31,7 @@ from torch.distributions import Independent, Normal, TanhTransform, TransformedD
 from torch.nn import functional as F
 
 import diffail
+import gail_baseline
 import sac_baseline
 
 HERE = Path(__file__).parent
@@ -53,7 +56,7 @@ def reference_prediction(discriminator: diffail.DiffusionDiscriminator, x_t: tor
     net = discriminator.noise_predictor
     frequencies = [10_000 ** (-i / 7) for i in range(8)]
     rows = [[math.sin(k * f) for f in frequencies] + [math.cos(k * f) for f in frequencies] for k in t.tolist()]
-    time_features = net.time_out(F.mish(net.time_in(torch.tensor(rows, dtype=x_t.dtype))))
+    time_features = net.time_out(F.mish(net.time_in(torch.tensor(rows, dtype=x_t.dtype, device=x_t.device))))
     h = torch.cat([x_t, time_features], dim=1)
     for layer in net.hidden:
         h = F.mish(layer(h))
@@ -62,7 +65,7 @@ def reference_prediction(discriminator: diffail.DiffusionDiscriminator, x_t: tor
 
 def reference_loss(discriminator: diffail.DiffusionDiscriminator, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """L(x, eps, t), from the schedule's formula up."""
-    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, STEPS, dtype=torch.float64), 0)[t][:, None]
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, STEPS, dtype=torch.float64), 0).to(t.device)[t][:, None]
     x_t = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
     return ((noise - reference_prediction(discriminator, x_t, t)) ** 2).mean(1)
 
@@ -270,6 +273,58 @@ def test_discriminator_separates_expert_from_random_on_held_out_data_and_not_two
     assert area_under_roc(score(discriminator, expert[4000:6000]), score(discriminator, random[2000:])) >= 0.95
     same = train_discriminator(expert[:4000], expert[:4000])
     assert area_under_roc(score(same, expert[4000:6000]), score(same, expert[6000:8000])) == pytest.approx(0.5, abs=0.05)
+
+
+# -------------------------------------------------------------------------------------------------------------- GAIL
+
+
+def test_gails_objective_and_rewards_are_those_of_its_sigmoid():
+    discriminator = gail_baseline.MLPDiscriminator(5, 8).double()
+    discriminator.net[-1].weight.data.mul_(30)
+    expert, policy = torch.randn(64, 5).double(), 2 * torch.randn(64, 5).double()
+    d_expert, d_policy = (torch.sigmoid(discriminator.net(x).clamp(-10, 10)).squeeze(1) for x in (expert, policy))
+    assert (discriminator.net(expert).abs() > 10).any() and discriminator(expert).abs().max() == 10
+    expert_loss, policy_loss = gail_baseline.binary_cross_entropy(discriminator, expert, policy)
+    assert expert_loss.item() == pytest.approx(F.binary_cross_entropy(d_expert, torch.ones_like(d_expert)).item(), rel=1e-9)
+    assert policy_loss.item() == pytest.approx(F.binary_cross_entropy(d_policy, torch.zeros_like(d_policy)).item(), rel=1e-9)
+    for form, expected in (("released", d_policy.log()), ("paper", -(1 - d_policy).log())):
+        rewards = gail_baseline.gail_reward(discriminator, policy, form)
+        np.testing.assert_allclose(rewards, expected.detach(), rtol=1e-9)
+        assert not rewards.requires_grad
+
+
+def test_gails_gradient_penalty_is_that_of_finite_differences():
+    discriminator = gail_baseline.MLPDiscriminator(5, 8).double()
+    expert, policy, mix = torch.randn(16, 5).double(), torch.randn(16, 5).double(), torch.rand(16, 1).double()
+    x, h = mix * expert + (1 - mix) * policy, 1e-5
+
+    def penalty():
+        columns = [(discriminator(x + h * e) - discriminator(x - h * e)) / (2 * h) for e in torch.eye(5).double()]
+        return ((torch.stack(columns, 1).norm(dim=1) - 1) ** 2).mean()
+
+    ours, expected = gail_baseline.logit_gradient_penalty(discriminator, expert, policy, mix), penalty()
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-6)
+    parameters = [p for name, p in discriminator.named_parameters() if name != "net.4.bias"]  # a constant has no gradient in x
+    for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(expected, parameters)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9)
+
+
+def test_one_gail_update_is_the_plain_one():
+    args = gail_baseline.Args(grad_penalty=4.0, hidden_dim=8, batch_size=32, discriminator_lr=1e-3)
+    agent = gail_baseline.GAIL(3, 2, args, torch.device("cpu"))
+    expert, policy, wide = torch.randn(32, 5), torch.randn(32, 5), copy.deepcopy(agent.discriminator)
+    rng = torch.get_rng_state()
+    losses = agent.update_discriminator(expert, policy)
+    torch.set_rng_state(rng)
+    logits, targets = wide(torch.cat([expert, policy])), torch.cat([torch.ones(32), torch.zeros(32)])
+    penalty = gail_baseline.logit_gradient_penalty(wide, expert, policy, torch.rand(32, 1))
+    total = F.binary_cross_entropy_with_logits(logits, targets) + 4 * penalty
+    gradients = torch.autograd.grad(total, list(wide.parameters()), allow_unused=True)
+    for before, after, gradient in zip(wide.parameters(), agent.discriminator.parameters(), gradients):
+        np.testing.assert_allclose(after.grad, gradient, rtol=1e-4, atol=1e-7)
+        expected = before - 1e-3 * gradient / (gradient.abs() + 1e-8)  # Adam's first step
+        np.testing.assert_allclose(after.detach(), expected.detach(), rtol=0, atol=2e-5)
+    assert losses["grad_penalty"].item() == pytest.approx(penalty.item(), rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------- SAC
@@ -564,20 +619,21 @@ def test_sac_bootstraps_through_truncations_and_not_through_terminations(tmp_pat
     assert {(5, 0), (5, 1)} <= seen  # both kinds of end were in the batches
 
 
-def test_diffail_bootstraps_through_every_end_and_never_sees_the_reward(tmp_path, monkeypatch):
-    calls = spy_on_critic_loss(diffail, monkeypatch)
+@pytest.mark.parametrize("script", [diffail, gail_baseline])
+def test_imitation_bootstraps_through_every_end_and_never_sees_the_reward(script, tmp_path, monkeypatch):
+    calls = spy_on_critic_loss(script, monkeypatch)
     args = dict(**SMALL, total_timesteps=100, demos=corridor_demos(tmp_path / "demos.npz"), hidden_dim=8, output_dir=tmp_path)
-    diffail.main(diffail.Args(**args))
+    script.main(script.Args(**args))
     assert len(calls) == 80
     for *_, next_observations, rewards, discount in list(calls):
         assert discount == 0.99  # a number: the same after terminations, truncations and all else
         assert (next_observations[:, 0] <= 5).all() and not (rewards == 7).any()
     surrogate_rewards = [call[7] for call in calls]
-    evaluations = (tmp_path / "Corridor-v0__diffail__state-action__1traj__s1" / "evaluations.csv").read_text()
+    evaluations = (tmp_path / f"Corridor-v0__{script.__name__}__state-action__1traj__s1" / "evaluations.csv").read_text()
     step = Corridor.step
     monkeypatch.setattr(Corridor, "step", lambda self, action: (lambda o, r, *rest: (o, -9.0, *rest))(*step(self, action)))
-    again = spy_on_critic_loss(diffail, monkeypatch)
-    diffail.main(diffail.Args(**args | {"output_dir": tmp_path / "other-reward"}))
+    again = spy_on_critic_loss(script, monkeypatch)
+    script.main(script.Args(**args | {"output_dir": tmp_path / "other-reward"}))
     assert all(torch.equal(a, b[7]) for a, b in zip(surrogate_rewards, again))  # another true reward, the same surrogate rewards
     assert "35.000" in evaluations and "-45.000" in next((tmp_path / "other-reward").glob("*/evaluations.csv")).read_text()
 
@@ -820,6 +876,13 @@ def test_bad_input_is_one_line_and_exit_code_2(damage, arguments, message, tmp_p
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before  # nothing changed, no folder made
 
 
+@pytest.mark.parametrize("arguments", ["--env-id CartPole-v1", "--demos README.md", "--num-trajectories 17", "--grad-penalty -1"])
+def test_bad_input_to_gail_too(arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        gail_baseline.main(tyro.cli(gail_baseline.Args, args=[*arguments.split(), "--output-dir", str(tmp_path / "runs")]))
+    assert exit_.value.code == 2 and capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
 def test_bad_input_from_the_command_line():
     for words in (["--num-trajectories", "17"], ["--noise-schedule", "quadratic"]):
         done = run("diffail.py", *words)
@@ -885,6 +948,8 @@ def run(*command: object, **kwargs) -> subprocess.CompletedProcess:
     [
         ("sac_baseline", "--save-demos {}/demos.npz --demo-episodes 2", "Hopper-v4__sac_baseline__s1"),
         ("diffail", "--num-trajectories 3", "Hopper-v4__diffail__state-action__3traj__s1"),
+        ("gail_baseline", "--num-trajectories 3", "Hopper-v4__gail_baseline__state-action__3traj__s1"),
+        ("gail_baseline", "--state-only --reward-form paper", "Hopper-v4__gail_baseline__state-only__1traj__s1"),
         ("diffail", "--state-only --reward-form paper --noise-schedule vp", "Hopper-v4__diffail__state-only__1traj__s1"),
     ],
 )
@@ -1063,8 +1128,9 @@ def test_the_whole_pipeline_learns_the_inverted_pendulum(tmp_path):
     expert = run("sac_baseline.py", *small, "--total-timesteps", 20_000, *recording)
     assert expert.returncode == 0, expert.stdout + expert.stderr
     imitation = ["--state-only", "--demos", demos, "--hidden-dim", 64, "--discriminator-lr", 3e-4]
-    imitator = run("diffail.py", *small, "--total-timesteps", 5000, *imitation)
-    assert imitator.returncode == 0, imitator.stderr
+    for script, grad_penalty in (("diffail.py", 0.1), ("gail_baseline.py", 0.5)):
+        imitator = run(script, *small, "--total-timesteps", 5000, *imitation, "--grad-penalty", grad_penalty)
+        assert imitator.returncode == 0, imitator.stderr
     with np.load(demos) as file:
         expert_return = np.mean(json.loads(file["metadata"].item())["returns"])
     env = diffail.make_env("InvertedPendulum-v4")
@@ -1075,10 +1141,11 @@ def test_the_whole_pipeline_learns_the_inverted_pendulum(tmp_path):
         lengths.append(1)
         while not env.step(env.action_space.sample())[2]:
             lengths[-1] += 1
-    with open(next(tmp_path.glob("*diffail*/evaluations.csv")), newline="") as file:
-        returns = [float(row["mean_return"]) for row in csv.DictReader(file)]
     assert np.mean(lengths) < 0.1 * expert_return  # a random policy; the reward is 1 a step
-    assert max(returns) >= 0.5 * expert_return, returns
+    for script in ("diffail", "gail_baseline"):
+        with open(next(tmp_path.glob(f"*{script}*/evaluations.csv")), newline="") as file:
+            returns = [float(row["mean_return"]) for row in csv.DictReader(file)]
+        assert max(returns) >= 0.5 * expert_return, (script, returns)
 
 
 # --------------------------------------------------------------------------------------------------- the text itself
@@ -1098,7 +1165,27 @@ def test_same_name_same_source():
             for name in ours.keys() & theirs.keys():
                 assert ours[name] == theirs[name], f"{name} differs between {one.name} and {other.name}"
                 shared += 1
-    assert shared >= 10
+    assert shared >= 60
+    update_critic = [inspect.getsource(kind.update_critic) for kind in (diffail.DiffAIL, gail_baseline.GAIL, sac_baseline.SAC)]
+    assert len(set(update_critic)) == 1
+    assert inspect.getsource(diffail.DiffAIL.update_actor) == inspect.getsource(gail_baseline.GAIL.update_actor)
+
+
+def test_gail_differs_from_diffail_in_its_discriminator_alone():
+    def names_alike(text: str) -> str:
+        for name in ("DiffAIL", "GAIL"):
+            text = text.replace(f"agent = {name}(", "agent = Agent(")
+        return re.sub(r"__(diffail|gail_baseline)__", "__script__", text)
+
+    def lines(script) -> list[str]:
+        text = names_alike(inspect.getsource(script.main))
+        text = re.sub(r" +if args\.compile and.*?\n.*?\n", "", text)
+        return [line for line in text.splitlines() if "#" not in line and "surrogate reward, which" not in line]
+
+    assert lines(diffail) == lines(gail_baseline)
+    fields = [{field.name: field.default for field in dataclasses.fields(script.Args)} for script in (diffail, gail_baseline)]
+    assert fields[0].keys() ^ fields[1].keys() == {"diffusion_steps", "noise_schedule", "compile"}
+    assert {name for name in fields[1] if fields[0][name] != fields[1][name]} == {"hidden_dim", "discriminator_lr"}
 
 
 def test_scripts_import_nothing_of_each_other_and_declare_the_pinned_requirements():

@@ -111,7 +111,7 @@ class Program:
                 noise = partial(torch.randn, args.diffusion_steps, BATCH_SIZE, dim, device=device)
                 self.stages["reward"] = lambda: agent.surrogate_reward(agent.discriminator, policy, noise(), args.reward_form)
             else:
-                self.stages["reward"] = lambda: module.surrogate_reward(agent.discriminator, policy)
+                self.stages["reward"] = lambda: module.gail_reward(agent.discriminator, policy, args.reward_form)
         rewards = torch.rand(BATCH_SIZE, device=device)
         self.stages["critic"] = lambda: agent.update_critic(*self.batch[:3], rewards, args.gamma)
         self.stages["actor"] = lambda: agent.update_actor(self.batch[0])

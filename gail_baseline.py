@@ -1,0 +1,699 @@
+"""GAIL, generative adversarial imitation learning, on the same SAC as diffail.py and in the same order: the baseline, in one file.
+
+Ho & Ermon, "Generative Adversarial Imitation Learning", NeurIPS 2016, arXiv 1606.03476. With --state-only it is GAIfO (Torabi et al. 2018,
+arXiv 1807.06158). For x = [s, a], or the pair of states x = [s, s'] with --state-only, of dimension d:
+
+    D(x) = sigmoid(f(x))                                            discriminator           MLPDiscriminator
+    min_f    -E_expert[log D] - E_policy[log(1 - D)]                objective               binary_cross_entropy
+             + lambda E[(||grad_x f(x)||_2 - 1)^2]                  gradient penalty        logit_gradient_penalty
+    R(x) = log D(x)                                                 surrogate reward        gail_reward
+             or, as more usual, -log(1 - D(x)), by --reward-form paper
+    max_pi   E[sum over k of gamma^k (R - alpha log pi)]            SAC (arXiv 1812.05905)  critic_loss, actor_loss, temperature_loss
+
+`diff gail_baseline.py diffail.py` shows what DiffAIL changes, and nothing else. The hyperparameters are the DiffAIL authors' for GAIL.
+
+    python gail_baseline.py --env-id HalfCheetah-v4
+"""
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.15.0",
+#     "numpy==2.4.6",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+import copy
+import itertools
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # What to imitate
+    env_id: str = "HalfCheetah-v4"  # Gymnasium environment with Box observations and Box actions
+    state_only: bool = False  # imitate pairs of states [s, s'] instead of pairs [s, a]
+    demos: Path | None = None  # demonstrations (.npz); None: demos/ENV_ID.npz beside this script
+    num_trajectories: int = 1  # demonstrated episodes to learn from, the first ones of the file
+    seed: int = 1  # of everything random: networks, exploration, minibatches, noise, environment
+
+    # Where None stands, the released value for the environment, see ENVIRONMENT_DEFAULTS
+    total_timesteps: int | None = None  # environment steps
+    grad_penalty: float | None = None  # weight lambda of the gradient penalty
+    normalize_observations: bool | None = None  # by the mean and standard deviation of the demonstrations in use
+
+    # Discriminator and surrogate reward
+    hidden_dim: int = 128  # units in each of the two hidden layers of the discriminator
+    reward_form: Literal["released", "paper"] = "released"  # log D as in the DiffAIL authors' GAIL, or -log(1 - D)
+    reward_scale: float = 2.0  # factor on the surrogate reward
+    discriminator_lr: float = 3e-4  # Adam learning rate of the discriminator
+
+    # SAC
+    learning_starts: int = 5_000  # uniformly random steps before the first update
+    batch_size: int = 256  # samples per update, of the expert and of the policy
+    buffer_size: int = 1_000_000  # transitions in the replay buffer
+    sac_hidden_dim: int = 256  # units in each of the two hidden layers of actor and critics
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # step of the target critics towards the critics
+    actor_lr: float = 3e-4  # Adam learning rate of the actor and of the temperature
+    critic_lr: float = 3e-4  # Adam learning rate of the critics
+    sac_beta1: float = 0.25  # Adam's beta_1 for actor, critics and temperature: the reward moves, so little momentum
+    initial_temperature: float = 0.2  # initial alpha
+    actor_regularizer: float = 1e-3  # weight of mean^2 + log_std^2 in the actor's loss
+
+    # The run
+    eval_every: int = 10_000  # steps between evaluations
+    eval_episodes: int = 10  # episodes of the deterministic policy per evaluation
+    checkpoint_every: int = 25_000  # a checkpoint at the first episode end after this many steps
+    resume: bool = False  # go on from the run's last checkpoint
+    output_dir: Path = Path("runs")  # folder of the run directories
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
+    threads: int = 1  # of PyTorch on the CPU; several runs side by side finish more steps than one with several threads
+
+
+# The released hyperparameters by body, with the paper's 500,000 steps for Ant (released: 1,000,000), and for Walker2d the first of the
+# two weights that are listed (0.5 and 10). Others get HalfCheetah's.
+ENVIRONMENT_DEFAULTS = {
+    "HalfCheetah": dict(total_timesteps=500_000, grad_penalty=4.0, normalize_observations=False),
+    "Hopper": dict(total_timesteps=750_000, grad_penalty=4.0, normalize_observations=True),
+    "Walker2d": dict(total_timesteps=750_000, grad_penalty=0.5, normalize_observations=False),
+    "Ant": dict(total_timesteps=500_000, grad_penalty=4.0, normalize_observations=False),
+}
+
+
+# ------------------------------------------------------------------------------------ discriminator and surrogate reward
+
+
+class MLPDiscriminator(nn.Module):
+    """f(x), the logit of D(x): an MLP, its output clamped to [-10, 10]."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        layers = nn.Linear(dim, hidden_dim), nn.Tanh(), nn.Linear(hidden_dim, hidden_dim), nn.Tanh(), nn.Linear(hidden_dim, 1)
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, d] to f(x) [B]."""
+        return self.net(x).squeeze(-1).clamp(-10, 10)
+
+
+def binary_cross_entropy(discriminator: MLPDiscriminator, expert: Tensor, policy: Tensor) -> tuple[Tensor, Tensor]:
+    """-E_expert[log D] and -E_policy[log(1 - D)], for expert and policy [B, d]."""
+    expert_logits, policy_logits = discriminator(torch.cat([expert, policy])).chunk(2)
+    return F.softplus(-expert_logits).mean(), F.softplus(policy_logits).mean()
+
+
+def logit_gradient_penalty(discriminator: MLPDiscriminator, expert: Tensor, policy: Tensor, mix: Tensor) -> Tensor:
+    """E[(||grad f||_2 - 1)^2] where mix [B, 1] in [0, 1] puts x between policy and expert (Gulrajani et al. 2017, eq. 3)."""
+    x = (mix * expert + (1 - mix) * policy).requires_grad_()
+    (grad,) = torch.autograd.grad(discriminator(x).sum(), x, create_graph=True)
+    return (grad.norm(dim=-1) - 1).square().mean()
+
+
+@torch.no_grad()
+def gail_reward(discriminator: MLPDiscriminator, x: Tensor, form: str) -> Tensor:
+    """R(x), [B], for x [B, d]: log D or, in the paper's form, -log(1 - D)."""
+    logits = discriminator(x)
+    return F.softplus(logits) if form == "paper" else -F.softplus(-logits)
+
+
+# ------------------------------------------------------------------------------------------------------------------- SAC
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers between the given widths, with ReLU between the layers."""
+    layers = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.ReLU(inplace=True))]
+    return nn.Sequential(*layers[:-1])
+
+
+class Actor(nn.Module):
+    """Tanh-Gaussian policy pi(a|s): a = tanh(u), u ~ N(mean(s), std(s))."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
+        super().__init__()
+        self.net = mlp(observation_dim, hidden_dim, hidden_dim, 2 * action_dim)
+
+    def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Observations [B, obs] to the mean and the log standard deviation of u, [B, act] each."""
+        mean, log_std = self.net(observations).chunk(2, dim=-1)
+        return mean, log_std.clamp(-20, 2)
+
+    def sample(self, observations: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Reparameterised actions [B, act] in [-1, 1], log pi(a|s) [B], mean and log_std of u (SAC, appendix C).
+
+        log(1 - tanh(u)^2) is written 2 (log 2 - u - softplus(-2u)), which stays exact where tanh saturates."""
+        mean, log_std = self(observations)
+        noise = torch.randn_like(mean)
+        u = mean + log_std.exp() * noise
+        log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))
+        return u.tanh(), (log_normal - log_det).sum(-1), mean, log_std
+
+
+class TwinCritic(nn.Module):
+    """Two independent action values Q1(s, a) and Q2(s, a)."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
+        super().__init__()
+        self.q1 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
+        self.q2 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
+
+    def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Observations [B, obs] and actions [B, act] to two values, [B] each."""
+        x = torch.cat([observations, actions], dim=-1)
+        return self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)
+
+
+def critic_loss(
+    critic: TwinCritic, target_critic: TwinCritic, actor: Actor, alpha: Tensor,
+    observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float,
+) -> Tensor:  # fmt: skip
+    """Soft Bellman error of both critics (SAC, eq. 5), for rewards [B] and discount [B], 0 where the task ends, or a number."""
+    with torch.no_grad():
+        next_actions, next_log_prob, _, _ = actor.sample(next_observations)
+        next_value = torch.min(*target_critic(next_observations, next_actions)) - alpha * next_log_prob
+        target = rewards + discount * next_value
+    q1, q2 = critic(observations, actions)
+    return 0.5 * (F.mse_loss(q1, target) + F.mse_loss(q2, target))
+
+
+def actor_loss(actor: Actor, critic: TwinCritic, alpha: Tensor, observations: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Policy objective (SAC, eq. 9), and what it was computed from: log pi(a|s) [B], mean and log_std of u [B, act]."""
+    actions, log_prob, mean, log_std = actor.sample(observations)
+    return (alpha * log_prob - torch.min(*critic(observations, actions))).mean(), log_prob, mean, log_std
+
+
+def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+    """Temperature objective (SAC, eq. 18) with log alpha in front for alpha, as is usual: the same sign, a better scale."""
+    return -log_alpha * (log_prob.detach().mean() + target_entropy)
+
+
+@torch.no_grad()
+def polyak_update(target: nn.Module, source: nn.Module, tau: float):
+    """target <- (1 - tau) target + tau source, parameter by parameter."""
+    for target_parameter, parameter in zip(target.parameters(), source.parameters()):
+        target_parameter.lerp_(parameter, tau)
+
+
+class ReplayBuffer:
+    """Ring buffer on the training device. A transition is one row, so that storing and sampling are one copy each."""
+
+    def __init__(self, capacity: int, widths: tuple[int, ...], device: torch.device):
+        self.rows = torch.empty(capacity, sum(widths), device=device)
+        self.size = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured CUDA graph reads it there
+        self.widths, self.position = widths, 0
+
+    def add(self, *parts: np.ndarray):
+        """Store one transition: one vector for each of the widths."""
+        row = torch.from_numpy(np.concatenate(parts, dtype=np.float32, casting="same_kind"))
+        self.rows[self.position] = row.to(self.rows.device, non_blocking=True)
+        self.size += self.size < len(self.rows)
+        self.position = (self.position + 1) % len(self.rows)
+
+    def sample(self, batch_size: int) -> tuple[Tensor, ...]:
+        """Uniform transitions with replacement: one tensor [batch_size, width] for each of the widths."""
+        rows = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.size
+        return self.rows[rows].split(self.widths, dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------------------ GAIL
+
+
+class GAIL(nn.Module):
+    """All that is learned, its optimisers, and one step on all of it.
+
+    In the methods a batch is observations [B, obs], actions [B, act] in [-1, 1], and next_observations [B, obs]."""
+
+    def __init__(self, observation_dim: int, action_dim: int, args: Args, device: torch.device):
+        super().__init__()
+        self.args, self.target_entropy = args, -action_dim / 2
+        input_dim = observation_dim + (observation_dim if args.state_only else action_dim)
+        self.discriminator = MLPDiscriminator(input_dim, args.hidden_dim)
+        self.actor = Actor(observation_dim, action_dim, args.sac_hidden_dim)
+        self.critic = TwinCritic(observation_dim, action_dim, args.sac_hidden_dim)
+        self.target_critic = copy.deepcopy(self.critic)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.initial_temperature)))
+        self.to(device)
+        adam, betas = partial(torch.optim.Adam, fused=True, capturable=True), (args.sac_beta1, 0.999)  # capturable in a CUDA graph
+        self.discriminator_optimizer = adam(self.discriminator.parameters(), lr=args.discriminator_lr)
+        self.critic_optimizer = adam(self.critic.parameters(), lr=args.critic_lr, betas=betas)
+        self.actor_optimizer = adam([*self.actor.parameters(), self.log_alpha], lr=args.actor_lr, betas=betas)
+
+    def discriminator_input(self, observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:
+        """x, [B, d]."""
+        return torch.cat([observations, next_observations if self.args.state_only else actions], dim=-1)
+
+    def update(self, expert_x: Tensor, buffer: ReplayBuffer) -> dict[str, Tensor]:
+        """One step on everything, with the expert's x [N, d]; returns what is worth logging. Nothing in it waits for the GPU."""
+        args = self.args
+        expert = expert_x[torch.randint(len(expert_x), (args.batch_size,), device=expert_x.device)]
+        losses = self.update_discriminator(expert, self.discriminator_input(*buffer.sample(args.batch_size)))
+        observations, actions, next_observations = buffer.sample(args.batch_size)
+        x = self.discriminator_input(observations, actions, next_observations)
+        rewards = args.reward_scale * gail_reward(self.discriminator, x, args.reward_form)
+        losses |= self.update_critic(observations, actions, next_observations, rewards, args.gamma)
+        losses |= self.update_actor(observations)
+        polyak_update(self.target_critic, self.critic, args.tau)
+        return losses | {"surrogate_reward": rewards.mean()}
+
+    def update_discriminator(self, expert: Tensor, policy: Tensor) -> dict[str, Tensor]:
+        """Tell the expert's samples [B, d] from the policy's."""
+        expert_loss, policy_loss = binary_cross_entropy(self.discriminator, expert, policy)
+        loss = (expert_loss + policy_loss) / 2  # the mean over all samples, which the released lambda goes with
+        losses = {"expert_loss": expert_loss.detach(), "policy_loss": policy_loss.detach()}
+        if self.args.grad_penalty > 0:
+            penalty = logit_gradient_penalty(self.discriminator, expert, policy, torch.rand(len(expert), 1, device=expert.device))
+            loss, losses["grad_penalty"] = loss + self.args.grad_penalty * penalty, penalty.detach()
+        self.discriminator_optimizer.zero_grad()
+        loss.backward()
+        self.discriminator_optimizer.step()
+        return losses
+
+    def update_critic(
+        self, observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float
+    ) -> dict[str, Tensor]:
+        """One step of both critics on the soft Bellman error."""
+        alpha, batch = self.log_alpha.detach().exp(), (observations, actions, next_observations, rewards, discount)
+        qf_loss = critic_loss(self.critic, self.target_critic, self.actor, alpha, *batch)
+        self.critic_optimizer.zero_grad()
+        qf_loss.backward()
+        self.critic_optimizer.step()
+        return {"qf_loss": qf_loss.detach()}
+
+    def update_actor(self, observations: Tensor) -> dict[str, Tensor]:
+        """One step of the actor, towards actions of high value and high entropy, and of the temperature, towards the target entropy."""
+        alpha = self.log_alpha.detach().exp()
+        pi_loss, log_prob, mean, log_std = actor_loss(self.actor, self.critic, alpha, observations)
+        loss = pi_loss + self.args.actor_regularizer * (mean.square().mean() + log_std.square().mean())
+        loss = loss + temperature_loss(self.log_alpha, log_prob, self.target_entropy)
+        self.actor_optimizer.zero_grad()
+        loss.backward(inputs=self.actor_optimizer.param_groups[0]["params"])  # and so not into the critics
+        self.actor_optimizer.step()
+        return {"actor_loss": pi_loss.detach(), "alpha": alpha, "entropy": -log_prob.detach().mean()}
+
+
+class GraphedUpdate:
+    """`update` on a GPU as one CUDA graph: a step is then one launch in place of hundreds.
+
+    The first three calls run as they are, on a stream of their own: they load libraries and fill the optimisers. The fourth is captured."""
+
+    def __init__(self, update: Callable[[], dict[str, Tensor]]):
+        self.update, self.calls, self.stream, self.graph = update, 0, torch.cuda.Stream(), torch.cuda.CUDAGraph()
+
+    def __call__(self) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                losses = self.update()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return losses
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph):
+                self.losses = self.update()
+        self.graph.replay()
+        return self.losses
+
+
+# -------------------------------------------------------------------------------------------- environment and evaluation
+
+
+def make_env(env_id: str, observation_mean: np.ndarray | float = 0.0, observation_std: np.ndarray | float = 1.0) -> gym.Env:
+    """A Gymnasium environment with actions in [-1, 1] and observations (o - mean) / std in float32.
+
+    Exits with code 2 where the environment is unknown or a space is not a one-dimensional Box (bounded, for actions)."""
+    gym.logger.min_level = gym.logger.ERROR  # the paper's v4 environments are "out of date", and that is the point
+    try:
+        env = gym.make(env_id)
+    except Exception as error:  # environments fail in ways of their own
+        fail(f"cannot make the environment {env_id!r}: {' '.join(str(error).split())}")
+    for name, space in {"observation": env.observation_space, "action": env.action_space}.items():
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            fail(f"{env_id}: the {name} space must be a one-dimensional Box, not {space}")
+        if not np.issubdtype(space.dtype, np.floating):
+            fail(f"{env_id}: the {name} space must hold floating-point numbers, not {space.dtype}")
+    if not env.action_space.is_bounded() or (env.action_space.low >= env.action_space.high).any():
+        fail(f"{env_id}: the action space must have finite bounds, the lower ones below the upper, not {env.action_space}")
+    box = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+    env = gym.wrappers.TransformObservation(env, lambda o: ((o - observation_mean) / observation_std).astype(np.float32), box)
+    return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+
+
+def episode_seed(*key: int) -> int:
+    """A seed that is a function of (run's seed, stream, number): with one per episode, resuming needs no simulator state."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def play_episode(actor: Actor, env: gym.Env, seed: int) -> dict[str, np.ndarray]:
+    """One episode of the deterministic policy tanh(mean), as arrays in Minari's terms; actions in the environment's units."""
+    device = next(actor.parameters()).device
+    steps, done = [], False
+    observation, _ = env.reset(seed=seed)
+    while not done:
+        with torch.no_grad():
+            action = actor(torch.from_numpy(observation).to(device))[0].tanh().cpu().numpy()
+        next_observation, reward, terminated, truncated, _ = env.step(action)
+        steps.append((observation, env.action(action), next_observation, reward, terminated, truncated))
+        observation, done = next_observation, terminated or truncated
+    names = ("observations", "actions", "next_observations", "rewards", "terminations", "truncations")
+    return {name: np.array(column) for name, column in zip(names, zip(*steps))}
+
+
+def evaluate(actor: Actor, env: gym.Env, seeds: list[int]) -> tuple[float, float, float]:
+    """Mean and standard deviation of the return, and mean length, over one deterministic episode per seed."""
+    rewards = [play_episode(actor, env, seed)["rewards"] for seed in seeds]
+    returns = [r.sum() for r in rewards]
+    return float(np.mean(returns)), float(np.std(returns)), float(np.mean([len(r) for r in rewards]))
+
+
+def share_of_expert(mean_return: float, expert_return: float) -> str:
+    """A return beside the expert's: in per cent, where that means something."""
+    return f"{100 * mean_return / expert_return:.1f} % of the expert's" if expert_return > 0 else f"the expert's is {expert_return:.1f}"
+
+
+def write_evaluations(path: Path, evaluations: list):
+    """evaluations.csv: one row per evaluation."""
+    lines = ["step,mean_return,std_return,mean_length"]
+    lines += [f"{step},{mean:.3f},{std:.3f},{length:.1f}" for step, mean, std, length in evaluations]
+    write_file(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+
+
+# ------------------------------------------------------------------------------------------------------- files and input
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with one line on what is wrong with the user's input; exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_numbers(args: Args):
+    """Exit with code 2 where a number cannot be meant: counts begin at 1, the seed, rates and weights at 0, and some end at 1."""
+    least = {"seed": 0, "initial_temperature": 1e-6, "target_return": -math.inf}
+    most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 1, "tau": 1, "sac_beta1": 0.999}
+    for name, value in vars(args).items():
+        if type(value) in (int, float):
+            low, high = least.get(name, 1 if type(value) is int else 0), most.get(name, math.inf)
+            if not (low <= value <= high and math.isfinite(value)):
+                fail(f"--{name.replace('_', '-')} is {value}, and must be a finite number from {low} to {high}")
+
+
+def write_file(path: Path, write: Callable):
+    """Call `write` on a file beside `path` and rename it: `path` is written whole or not at all. Exits with code 2 where it cannot be."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path}, and left it as it was: {' '.join(str(error).split())}")
+
+
+def describe_run(args: Args, device: torch.device) -> dict:
+    """What a later reader needs to tell what made a result: arguments, command, commit, machine, versions."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {
+        "args": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()},
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in (torch, gym, mujoco, np)},
+    }
+
+
+def catch_stop_signals() -> list[int]:
+    """A list that gets SIGTERM or SIGINT (Ctrl-C) when it comes, in place of the end of the program; the second one ends it at once."""
+    caught = []
+
+    def handler(number: int, _):
+        if caught:
+            raise SystemExit(128 + number)
+        caught.append(number)
+        tqdm.write(f"{signal.Signals(number).name}: the run ends where this episode does; once more ends it at once", file=sys.stderr)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+    return caught
+
+
+def check_finite(values: dict[str, Tensor], step: int):
+    """Exit with code 1 where a loss, reward or parameter is no longer finite: the last checkpoint was, and is kept."""
+    for name, value in values.items():
+        if not torch.isfinite(value).all():
+            print(f"{Path(sys.argv[0]).name}: {name} is not finite at step {step}; the last checkpoint is kept", file=sys.stderr)
+            raise SystemExit(1)
+
+
+def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict, **counters):
+    """Write all that a run goes on from. At the end of an episode that is all: no simulator state, and no random stream of its own."""
+    state = {name: part.state_dict() for name, part in learned.items()} | counters | {"config": config}
+    state |= {"rows": buffer.rows[: int(buffer.size)].clone(), "position": buffer.position, "rng": torch.get_rng_state()}
+    state |= {"device_rng": torch.cuda.get_rng_state() if buffer.rows.is_cuda else None}
+    write_file(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict) -> dict:
+    """Restore and return what save_checkpoint wrote. Exits with code 2 where the file is damaged or was made with other arguments."""
+    try:
+        state = torch.load(path, map_location=buffer.rows.device, weights_only=True)
+        before = state["config"]["args"]
+        changed = [name for name, value in config["args"].items() if name not in MAY_CHANGE_ON_RESUME and value != before.get(name)]
+        if changed:
+            fail(f"{path} was made with another {', '.join(changed)}; --resume needs the same arguments")
+        for name, part in learned.items():
+            part.load_state_dict(state[name])
+        buffer.position = state["position"]
+        buffer.size.fill_(len(state["rows"]))
+        buffer.rows[: len(state["rows"])] = state["rows"]
+        torch.set_rng_state(state["rng"].cpu())
+        if buffer.rows.is_cuda and state["device_rng"] is not None:  # a run that moved here from a CPU has none
+            torch.cuda.set_rng_state(state["device_rng"].cpu())
+    except Exception:  # what a damaged archive raises is open-ended
+        fail(f"{path} is not a whole checkpoint of this script; it is left as it is")
+    resumed = {"step": state["step"]} | {name: config[name] for name in ("command", "commit", "versions")}
+    config |= state["config"] | {"args": config["args"], "resumed": [*state["config"].get("resumed", []), resumed]}
+    return state
+
+
+@dataclass
+class Demonstrations:
+    """Transitions of the first episodes of a file, float32 [N, dim], actions in the environment's units."""
+
+    observations: np.ndarray
+    actions: np.ndarray
+    next_observations: np.ndarray
+    expert_return: float  # mean over all episodes of the file
+
+
+def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym.Env) -> Demonstrations:
+    """Read the first `num_trajectories` episodes of an .npz file written by sac_baseline.py.
+
+    Exits with code 2 where the file is missing, broken, not finite, of another environment, or holds too few episodes."""
+    box, bounds = env.observation_space.shape, env.unwrapped.action_space
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            n = file["rewards"].size
+            expected = {"observations": (n, *box), "actions": (n, *bounds.shape), "next_observations": (n, *box)}
+            expected |= {"rewards": (n,), "terminations": (n,), "truncations": (n,)}
+            data, metadata = {name: file[name] for name in expected}, json.loads(file["metadata"].item())
+            recorded_env_id, expert_return = str(metadata["env_id"]), float(np.mean(metadata["returns"]))
+    except FileNotFoundError:
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.npz"))) or "none"
+        make = f"python sac_baseline.py --env-id {env_id} --save-demos {path}"
+        fail(f"no demonstrations at {path} (there are: {known}); to make them: {make}")
+    except Exception as error:  # what a damaged archive raises is open-ended
+        fail(f"{path} is not a whole demonstration file: {type(error).__name__} {' '.join(str(error).split())}")
+    if recorded_env_id != env_id:
+        fail(f"{path} was recorded in {recorded_env_id}, not in {env_id}")
+    for name, shape in expected.items():
+        dtype = np.dtype(bool if name in ("terminations", "truncations") else np.float32)
+        if n == 0 or data[name].shape != shape or data[name].dtype != dtype:
+            fail(f"{path}: {name} is {data[name].dtype} {data[name].shape}; {env_id} asks for {dtype} {shape}, and at least one transition")
+        if not np.isfinite(data[name]).all():
+            fail(f"{path}: {name} has values that are not finite")
+    if (data["actions"] < bounds.low - 1e-5).any() or (data["actions"] > bounds.high + 1e-5).any():
+        fail(f"{path}: some actions are outside the bounds of {env_id}")
+    if not math.isfinite(expert_return):
+        fail(f"{path}: the expert's mean return in the metadata is {expert_return}")
+    ends = np.flatnonzero(data["terminations"] | data["truncations"]) + 1
+    if num_trajectories > len(ends):
+        fail(f"{path} holds {len(ends)} episodes, --num-trajectories asks for {num_trajectories}")
+    used = slice(ends[num_trajectories - 1])
+    return Demonstrations(data["observations"][used], data["actions"][used], data["next_observations"][used], expert_return)
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+
+TRAINING, EVALUATION = range(2)  # streams of episode seeds
+MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "checkpoint_every"}
+
+
+def main(args: Args):
+    # Set-up: everything is checked before anything is written.
+    body = args.env_id.split("/")[-1].split("-v")[0]
+    for name, value in ENVIRONMENT_DEFAULTS.get(body, ENVIRONMENT_DEFAULTS["HalfCheetah"]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check_numbers(args)
+    if args.learning_starts >= args.total_timesteps:
+        fail(f"--learning-starts {args.learning_starts} leaves nothing to learn in --total-timesteps {args.total_timesteps}")
+    if args.batch_size > min(args.buffer_size, args.total_timesteps):
+        fail(f"--batch-size {args.batch_size} is more than will be stored: see --buffer-size and --total-timesteps")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: PyTorch sees no CUDA device; use --device cpu")
+    device = torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda")
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # dead units leave denormal moments in Adam; arithmetic on those is 30 times slower
+    torch.manual_seed(args.seed)
+    env = make_env(args.env_id)
+    (observation_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
+    demos_path = args.demos or Path(__file__).parent / "demos" / f"{args.env_id}.npz"
+    demos = load_demonstrations(demos_path, args.env_id, args.num_trajectories, env)
+    mean, std = np.zeros(observation_dim, np.float32), np.ones(observation_dim, np.float32)
+    if args.normalize_observations:
+        mean, std = demos.observations.mean(0), demos.observations.std(0)
+        std[std < 1e-6] = 1.0  # a coordinate that never moves is only centred
+    env, eval_env = make_env(args.env_id, mean, std), make_env(args.env_id, mean, std)
+
+    setting = "state-only" if args.state_only else "state-action"
+    run_dir = args.output_dir / f"{args.env_id}__gail_baseline__{setting}__{args.num_trajectories}traj__s{args.seed}"
+
+    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
+    expert_actions = (2 * (demos.actions - low) / (high - low) - 1).astype(np.float32)
+    expert_arrays = (demos.observations - mean) / std, expert_actions, (demos.next_observations - mean) / std
+    agent = GAIL(observation_dim, action_dim, args, device)
+    expert_x = agent.discriminator_input(*(torch.from_numpy(array).to(device) for array in expert_arrays))
+    buffer = ReplayBuffer(args.buffer_size, (observation_dim, action_dim, observation_dim), device)
+    update = partial(agent.update, expert_x, buffer)
+    if device.type == "cuda":
+        update = GraphedUpdate(update)
+    learned = {"agent": agent, "discriminator_optimizer": agent.discriminator_optimizer}
+    learned |= {"critic_optimizer": agent.critic_optimizer, "actor_optimizer": agent.actor_optimizer}
+
+    config, checkpoint_path = describe_run(args, device), run_dir / "checkpoint.pt"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=args.resume)
+    except FileExistsError:
+        fail(f"{run_dir} holds a run already: go on with it by --resume, or choose another --output-dir or --seed")
+    except OSError as error:
+        fail(f"cannot write to {run_dir}: {error.strerror}")
+    start, episode, wall_time, evaluations = 0, 0, 0.0, []
+    if args.resume and checkpoint_path.exists():
+        state = load_checkpoint(checkpoint_path, learned, buffer, config)
+        start, episode, wall_time, evaluations = (state[name] for name in ("step", "episode", "wall_time", "evaluations"))
+        if start >= args.total_timesteps:
+            print(f"{run_dir} has finished its {start:,} steps already")
+            return
+    write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
+    writer = SummaryWriter(run_dir, purge_step=start + 1)
+    losses, stop = {}, catch_stop_signals()
+    progress = tqdm(total=args.total_timesteps, initial=start, unit=" steps", disable=None, dynamic_ncols=True)
+    observation, _ = env.reset(seed=episode_seed(args.seed, TRAINING, episode))
+    episode_return, episode_length, last_checkpoint, clock = 0.0, 0, start, time.perf_counter() - wall_time
+
+    def checkpoint(step: int):
+        check_finite(losses | agent.state_dict(), step)
+        counters = {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations}
+        save_checkpoint(checkpoint_path, learned, buffer, config, **counters)
+
+    for step in range(start + 1, args.total_timesteps + 1):
+        # Act and learn, then step the environment: on a GPU the update has only been queued by then, and both go on at a time.
+        if step <= args.learning_starts:
+            action = (2 * torch.rand(action_dim) - 1).numpy()
+        else:
+            with torch.no_grad():
+                action = agent.actor.sample(torch.from_numpy(observation).to(device))[0].cpu().numpy()
+            check_finite({"action": torch.from_numpy(action)}, step)
+            losses = update()
+            if step % 1_000 == 0:
+                check_finite(losses, step)
+                for name, value in losses.items():
+                    writer.add_scalar(f"losses/{name}", value.item(), step)
+        next_observation, reward, terminated, truncated, _ = env.step(action)
+        # Neither the reward nor the end of an episode is stored: values are bootstrapped through terminations, or else the
+        # surrogate reward, which has one sign, would make staying alive good or bad in itself.
+        buffer.add(observation, action, next_observation)
+        observation = next_observation
+
+        done = terminated or truncated
+        episode_return, episode_length = episode_return + float(reward), episode_length + 1
+        if done:
+            writer.add_scalar("charts/episodic_return", episode_return, step)
+            writer.add_scalar("charts/episodic_length", episode_length, step)
+            episode, episode_return, episode_length = episode + 1, 0.0, 0
+            observation, _ = env.reset(seed=episode_seed(args.seed, TRAINING, episode))
+        progress.update()
+
+        if step % args.eval_every == 0:
+            check_finite(losses | agent.state_dict(), step)
+            seeds = [episode_seed(args.seed, EVALUATION, step, i) for i in range(args.eval_episodes)]
+            evaluations.append([step, *evaluate(agent.actor, eval_env, seeds)])
+            write_evaluations(run_dir / "evaluations.csv", evaluations)
+            mean_return, std_return = evaluations[-1][1:3]
+            writer.add_scalar("eval/return", mean_return, step)
+            writer.add_scalar("charts/SPS", step / (time.perf_counter() - clock), step)
+            share = share_of_expert(mean_return, demos.expert_return)
+            progress.write(f"{step:>9,} steps: return {mean_return:8.1f} ± {std_return:6.1f}, {share}")
+            progress.set_postfix_str(f"return {mean_return:.0f}, {share}")
+        if done and (stop or step - last_checkpoint >= args.checkpoint_every):
+            checkpoint(step)
+            last_checkpoint = step
+            if stop and step < args.total_timesteps:
+                progress.close()
+                writer.close()
+                print(f"{run_dir}: stopped at step {step:,}; the same command with --resume goes on from there", file=sys.stderr)
+                raise SystemExit(128 + stop[0])
+
+    # The end: policy, checkpoint, summary.
+    progress.close()
+    writer.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    checkpoint(step)
+    policy = {"actor": agent.actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}
+    policy |= {"observation_mean": torch.from_numpy(mean), "observation_std": torch.from_numpy(std)}
+    write_file(run_dir / "policy.pt", lambda file: torch.save(policy, file))
+    config |= {"finished_at_step": step, "wall_time_seconds": round(time.perf_counter() - clock), "expert_return": demos.expert_return}
+    write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
+    print(f"{run_dir}: {step:,} steps in {config['wall_time_seconds'] / 60:.1f} minutes")
+    if evaluations:
+        returns = np.array([row[1] for row in evaluations])
+        best, final = returns.max(), returns[-5:].mean()
+        print(f"best return {best:.1f}, {share_of_expert(best, demos.expert_return)}")
+        print(f"final return {final:.1f}, {share_of_expert(final, demos.expert_return)} (mean of the last five evaluations)")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
