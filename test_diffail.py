@@ -521,6 +521,8 @@ def test_an_update_is_that_of_the_plain_algorithm(state_only, form, compiled, de
     device, sizes = torch.device(device), dict(hidden_dim=32, sac_hidden_dim=32, batch_size=64)
     args = diffail.Args(state_only=state_only, reward_form=form, compile=compiled, grad_penalty=0.1, **sizes)
     agent = diffail.DiffAIL(5, 2, args, device)
+    for parameter in agent.target_critic.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))  # away from the critics, so that the step towards them shows
     buffer = diffail.ReplayBuffer(500, (5, 2, 5), device)
     for _ in range(300):
         buffer.add(*(np.tanh(np.random.default_rng(buffer.position).normal(size=n)) for n in (5, 2, 5)))
@@ -1041,7 +1043,9 @@ def test_a_checkpoint_that_is_not_one_is_one_line_and_left_as_it_is(tmp_path, ca
     whole = path.read_bytes()
     sac_baseline.main(sac_baseline.Args(**SMALL, total_timesteps=100, output_dir=tmp_path))
     foreign = (tmp_path / "Corridor-v0__sac_baseline__s1" / "checkpoint.pt").read_bytes()
-    for content in (b"", whole[: len(whole) // 2], whole[:-100], b"not a checkpoint", foreign):
+    torch.save({name: part for name, part in torch.load(path, weights_only=True).items() if name != "agent"}, tmp_path / "part.pt")
+    part = (tmp_path / "part.pt").read_bytes()
+    for content in (b"", whole[: len(whole) // 2], whole[:-100], b"not a checkpoint", foreign, part):
         path.write_bytes(content)
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
@@ -1061,12 +1065,12 @@ def test_no_file_can_run_code(tmp_path, capsys):
     torch.load(tmp_path / "hostile.pt", weights_only=False)
     (tmp_path / "it ran").unlink()  # so the payload does its work where something runs it
     path.parent.mkdir()
-    for content in ((tmp_path / "hostile.pt").read_bytes(), pickle.dumps(Hostile())):
+    for content in ((tmp_path / "hostile.pt").read_bytes(), pickle.dumps(Hostile(), protocol=2)):
         path.write_bytes(content)
         with pytest.raises(SystemExit):
             diffail.main(small_run(tmp_path, resume=True)[0])
     np.savez(tmp_path / "demos.npz", observations=np.array([Hostile()], dtype=object), metadata="{}")
-    for content in ((tmp_path / "demos.npz").read_bytes(), pickle.dumps(Hostile())):
+    for content in ((tmp_path / "demos.npz").read_bytes(), pickle.dumps(Hostile(), protocol=2)):
         (tmp_path / "demos.npz").write_bytes(content)
         with pytest.raises(SystemExit):
             diffail.main(small_run(tmp_path, seed=2)[0])
@@ -1117,6 +1121,14 @@ def test_what_is_not_finite_ends_the_run_and_keeps_the_checkpoint(what, message,
     done = capsys.readouterr().err
     assert exit_.value.code == 1 and message in done and done.count("\n") == 1
     assert path.read_bytes() == before
+
+
+def test_losses_are_checked_every_thousand_steps(tmp_path, monkeypatch, capsys):
+    update = diffail.DiffAIL.update
+    monkeypatch.setattr(diffail.DiffAIL, "update", lambda self, *args: update(self, *args) | {"qf_loss": torch.tensor(math.nan)})
+    with pytest.raises(SystemExit) as exit_:
+        diffail.main(small_run(tmp_path, learning_starts=950, total_timesteps=1100, eval_every=5000)[0])
+    assert exit_.value.code == 1 and "qf_loss is not finite at step 1000" in capsys.readouterr().err
 
 
 def test_the_whole_pipeline_learns_the_inverted_pendulum(tmp_path):
