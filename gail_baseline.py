@@ -316,6 +316,12 @@ class GAIL(nn.Module):
         self.actor_optimizer.step()
         return {"actor_loss": pi_loss.detach(), "alpha": alpha, "entropy": -log_prob.detach().mean()}
 
+    def surrogate_return(self, episode: dict[str, np.ndarray]) -> float:
+        """Sum of an episode's surrogate rewards."""
+        parts = (torch.from_numpy(episode[name]).to(self.log_alpha.device) for name in ("observations", "actions", "next_observations"))
+        x = self.discriminator_input(*parts)
+        return self.args.reward_scale * gail_reward(self.discriminator, x, self.args.reward_form).sum().item()
+
 
 class GraphedUpdate:
     """`update` on a GPU as one CUDA graph: a step is then one launch in place of hundreds.
@@ -370,7 +376,7 @@ def episode_seed(*key: int) -> int:
 
 
 def play_episode(actor: Actor, env: gym.Env, seed: int) -> dict[str, np.ndarray]:
-    """One episode of the deterministic policy tanh(mean), as arrays in Minari's terms; actions in the environment's units."""
+    """One episode of the deterministic policy tanh(mean), as arrays in Minari's terms; actions in [-1, 1]."""
     device = next(actor.parameters()).device
     steps, done = [], False
     observation, _ = env.reset(seed=seed)
@@ -378,17 +384,25 @@ def play_episode(actor: Actor, env: gym.Env, seed: int) -> dict[str, np.ndarray]
         with torch.no_grad():
             action = actor(torch.from_numpy(observation).to(device))[0].tanh().cpu().numpy()
         next_observation, reward, terminated, truncated, _ = env.step(action)
-        steps.append((observation, env.action(action), next_observation, reward, terminated, truncated))
+        steps.append((observation, action, next_observation, reward, terminated, truncated))
         observation, done = next_observation, terminated or truncated
     names = ("observations", "actions", "next_observations", "rewards", "terminations", "truncations")
     return {name: np.array(column) for name, column in zip(names, zip(*steps))}
 
 
-def evaluate(actor: Actor, env: gym.Env, seeds: list[int]) -> tuple[float, float, float]:
-    """Mean and standard deviation of the return, and mean length, over one deterministic episode per seed."""
-    rewards = [play_episode(actor, env, seed)["rewards"] for seed in seeds]
-    returns = [r.sum() for r in rewards]
-    return float(np.mean(returns)), float(np.std(returns)), float(np.mean([len(r) for r in rewards]))
+def summarize(episodes: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Mean and standard deviation of the return, and mean length."""
+    returns, lengths = [episode["rewards"].sum() for episode in episodes], [len(episode["rewards"]) for episode in episodes]
+    return {"mean_return": float(np.mean(returns)), "std_return": float(np.std(returns)), "mean_length": float(np.mean(lengths))}
+
+
+def compare_rewards(episodes: list[dict[str, np.ndarray]], surrogate_return: Callable) -> dict[str, float]:
+    """Mean surrogate return, and its Pearson correlation with the true return over the episodes: nan where one of the two never varies."""
+    returns = np.array([episode["rewards"].sum() for episode in episodes])
+    surrogate_returns = np.array([surrogate_return(episode) for episode in episodes])
+    x, y = surrogate_returns - surrogate_returns.mean(), returns - returns.mean()
+    scale = np.linalg.norm(x) * np.linalg.norm(y)
+    return {"mean_surrogate_return": float(surrogate_returns.mean()), "reward_correlation": float(x @ y / scale) if scale > 0 else math.nan}
 
 
 def share_of_expert(mean_return: float, expert_return: float) -> str:
@@ -396,10 +410,10 @@ def share_of_expert(mean_return: float, expert_return: float) -> str:
     return f"{100 * mean_return / expert_return:.1f} % of the expert's" if expert_return > 0 else f"the expert's is {expert_return:.1f}"
 
 
-def write_evaluations(path: Path, evaluations: list):
+def write_evaluations(path: Path, evaluations: list[dict[str, float]]):
     """evaluations.csv: one row per evaluation."""
-    lines = ["step,mean_return,std_return,mean_length"]
-    lines += [f"{step},{mean:.3f},{std:.3f},{length:.1f}" for step, mean, std, length in evaluations]
+    lines = [",".join(evaluations[0])]
+    lines += [",".join(str(value) if isinstance(value, int) else f"{value:.3f}" for value in row.values()) for row in evaluations]
     write_file(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
 
 
@@ -659,10 +673,12 @@ def main(args: Args):
         if step % args.eval_every == 0:
             check_finite(losses | agent.state_dict(), step)
             seeds = [episode_seed(args.seed, EVALUATION, step, i) for i in range(args.eval_episodes)]
-            evaluations.append([step, *evaluate(agent.actor, eval_env, seeds)])
+            episodes = [play_episode(agent.actor, eval_env, seed) for seed in seeds]
+            evaluations.append({"step": step} | summarize(episodes) | compare_rewards(episodes, agent.surrogate_return))
             write_evaluations(run_dir / "evaluations.csv", evaluations)
-            mean_return, std_return = evaluations[-1][1:3]
+            mean_return, std_return = evaluations[-1]["mean_return"], evaluations[-1]["std_return"]
             writer.add_scalar("eval/return", mean_return, step)
+            writer.add_scalar("charts/reward_correlation", evaluations[-1]["reward_correlation"], step)
             writer.add_scalar("charts/SPS", step / (time.perf_counter() - clock), step)
             share = share_of_expert(mean_return, demos.expert_return)
             progress.write(f"{step:>9,} steps: return {mean_return:8.1f} ± {std_return:6.1f}, {share}")
@@ -689,7 +705,7 @@ def main(args: Args):
     write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
     print(f"{run_dir}: {step:,} steps in {config['wall_time_seconds'] / 60:.1f} minutes")
     if evaluations:
-        returns = np.array([row[1] for row in evaluations])
+        returns = np.array([row["mean_return"] for row in evaluations])
         best, final = returns.max(), returns[-5:].mean()
         print(f"best return {best:.1f}, {share_of_expert(best, demos.expert_return)}")
         print(f"final return {final:.1f}, {share_of_expert(final, demos.expert_return)} (mean of the last five evaluations)")

@@ -280,7 +280,7 @@ def episode_seed(*key: int) -> int:
 
 
 def play_episode(actor: Actor, env: gym.Env, seed: int) -> dict[str, np.ndarray]:
-    """One episode of the deterministic policy tanh(mean), as arrays in Minari's terms; actions in the environment's units."""
+    """One episode of the deterministic policy tanh(mean), as arrays in Minari's terms; actions in [-1, 1]."""
     device = next(actor.parameters()).device
     steps, done = [], False
     observation, _ = env.reset(seed=seed)
@@ -288,23 +288,22 @@ def play_episode(actor: Actor, env: gym.Env, seed: int) -> dict[str, np.ndarray]
         with torch.no_grad():
             action = actor(torch.from_numpy(observation).to(device))[0].tanh().cpu().numpy()
         next_observation, reward, terminated, truncated, _ = env.step(action)
-        steps.append((observation, env.action(action), next_observation, reward, terminated, truncated))
+        steps.append((observation, action, next_observation, reward, terminated, truncated))
         observation, done = next_observation, terminated or truncated
     names = ("observations", "actions", "next_observations", "rewards", "terminations", "truncations")
     return {name: np.array(column) for name, column in zip(names, zip(*steps))}
 
 
-def evaluate(actor: Actor, env: gym.Env, seeds: list[int]) -> tuple[float, float, float]:
-    """Mean and standard deviation of the return, and mean length, over one deterministic episode per seed."""
-    rewards = [play_episode(actor, env, seed)["rewards"] for seed in seeds]
-    returns = [r.sum() for r in rewards]
-    return float(np.mean(returns)), float(np.std(returns)), float(np.mean([len(r) for r in rewards]))
+def summarize(episodes: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Mean and standard deviation of the return, and mean length."""
+    returns, lengths = [episode["rewards"].sum() for episode in episodes], [len(episode["rewards"]) for episode in episodes]
+    return {"mean_return": float(np.mean(returns)), "std_return": float(np.std(returns)), "mean_length": float(np.mean(lengths))}
 
 
-def write_evaluations(path: Path, evaluations: list):
+def write_evaluations(path: Path, evaluations: list[dict[str, float]]):
     """evaluations.csv: one row per evaluation."""
-    lines = ["step,mean_return,std_return,mean_length"]
-    lines += [f"{step},{mean:.3f},{std:.3f},{length:.1f}" for step, mean, std, length in evaluations]
+    lines = [",".join(evaluations[0])]
+    lines += [",".join(str(value) if isinstance(value, int) else f"{value:.3f}" for value in row.values()) for row in evaluations]
     write_file(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
 
 
@@ -428,6 +427,7 @@ def record_demonstrations(path: Path, actor: Actor, env: gym.Env, args: Args, co
     episodes = [play_episode(actor, env, seed) for seed in seeds]
     returns = np.array([episode["rewards"].sum() for episode in episodes])
     arrays = {name: np.concatenate([episode[name] for episode in episodes]) for name in episodes[0]}
+    arrays["actions"] = env.action(arrays["actions"])  # in the environment's units
     arrays = {name: array if array.dtype == bool else array.astype(np.float32) for name, array in arrays.items()}
     metadata = {"env_id": args.env_id, "returns": returns.tolist(), "episode_seeds": seeds, "seed": args.seed}
     metadata |= {name: config[name] for name in ("command", "commit", "versions")}
@@ -480,8 +480,8 @@ def main(args: Args):
     if args.resume and checkpoint_path.exists():
         state = load_checkpoint(checkpoint_path, learned, buffer, config)
         start, episode, wall_time, evaluations = (state[name] for name in ("step", "episode", "wall_time", "evaluations"))
-        target, last_step, last_return = args.target_return, *(evaluations or [[0, 0]])[-1][:2]
-        if start >= args.total_timesteps or (target is not None and last_step == start and last_return >= target):
+        target, last = args.target_return, (evaluations or [{"step": 0}])[-1]
+        if start >= args.total_timesteps or (target is not None and last["step"] == start and last["mean_return"] >= target):
             print(f"{run_dir} has finished its {start:,} steps already")
             if args.save_demos:
                 record_demonstrations(args.save_demos, agent.actor, eval_env, args, config)
@@ -528,9 +528,10 @@ def main(args: Args):
         if step % args.eval_every == 0:
             check_finite(losses | agent.state_dict(), step)
             seeds = [episode_seed(args.seed, EVALUATION, step, i) for i in range(args.eval_episodes)]
-            evaluations.append([step, *evaluate(agent.actor, eval_env, seeds)])
+            episodes = [play_episode(agent.actor, eval_env, seed) for seed in seeds]
+            evaluations.append({"step": step} | summarize(episodes))
             write_evaluations(run_dir / "evaluations.csv", evaluations)
-            mean_return, std_return = evaluations[-1][1:3]
+            mean_return, std_return = evaluations[-1]["mean_return"], evaluations[-1]["std_return"]
             writer.add_scalar("eval/return", mean_return, step)
             writer.add_scalar("charts/SPS", step / (time.perf_counter() - clock), step)
             progress.write(f"{step:>9,} steps: return {mean_return:8.1f} ± {std_return:6.1f}")
@@ -558,7 +559,7 @@ def main(args: Args):
     config |= {"finished_at_step": step, "wall_time_seconds": round(time.perf_counter() - clock)}
     write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
     print(f"{run_dir}: {step:,} steps in {config['wall_time_seconds'] / 60:.1f} minutes")
-    returns = np.array([row[1] for row in evaluations])
+    returns = np.array([row["mean_return"] for row in evaluations])
     if evaluations:
         print(f"best return {returns.max():.1f}, final return {returns[-5:].mean():.1f} (mean of the last five evaluations)")
     if args.target_return is not None and not (returns[-1:] >= args.target_return).any():

@@ -648,8 +648,35 @@ def test_actions_are_scaled_to_the_bounds_and_back(tmp_path):
         assert Corridor.actions[-1] == pytest.approx(expected)
     actor = diffail.Actor(2, 1, 8)
     episode = diffail.play_episode(actor, env, seed=0)
-    in_units = torch.tanh(actor(torch.from_numpy(episode["observations"]))[0]).detach().numpy() * 2 - 1
-    np.testing.assert_allclose(episode["actions"], in_units, rtol=1e-5)
+    actions = torch.tanh(actor(torch.from_numpy(episode["observations"]))[0]).detach().numpy()
+    np.testing.assert_allclose(episode["actions"], actions, rtol=1e-5)
+    np.testing.assert_allclose(Corridor.actions[-5:], 2 * actions[:, 0] - 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("state_only", [False, True])
+@pytest.mark.parametrize("script", [diffail, gail_baseline])
+def test_the_correlation_is_that_of_the_episodes_surrogate_and_true_returns(script, state_only):
+    agent_class = diffail.DiffAIL if script is diffail else gail_baseline.GAIL
+    agent = agent_class(2, 1, script.Args(hidden_dim=8, sac_hidden_dim=8, state_only=state_only), torch.device("cpu"))
+    generator = np.random.default_rng(0)
+    shapes = {"observations": 2, "actions": 1, "next_observations": 2}
+    episodes = [{name: generator.normal(size=(n, width)).astype(np.float32) for name, width in shapes.items()} for n in (4, 9, 6, 7)]
+    returns, surrogate_returns = [3.0, -1.0, 2.5, 8.0], []
+    for episode, value in zip(episodes, returns):
+        n = len(episode["actions"])
+        episode["rewards"] = np.full(n, value / n)
+        x = torch.from_numpy(np.concatenate([episode["observations"], episode["next_observations" if state_only else "actions"]], 1))
+        if script is diffail:
+            noise = torch.randn(10, *x.shape, generator=torch.Generator().manual_seed(0))
+            surrogate_returns.append(2 * diffail.surrogate_reward(agent.discriminator, x, noise, "released").sum().item())
+        else:
+            surrogate_returns.append(2 * F.logsigmoid(agent.discriminator(x)).sum().item())
+    rng = torch.get_rng_state()
+    compared = script.compare_rewards(episodes, agent.surrogate_return)
+    assert torch.equal(rng, torch.get_rng_state())  # the run goes on as it would without
+    assert compared["mean_surrogate_return"] == pytest.approx(np.mean(surrogate_returns), rel=1e-5)
+    assert compared["reward_correlation"] == pytest.approx(np.corrcoef(surrogate_returns, returns)[0, 1], rel=1e-4)
+    assert math.isnan(script.compare_rewards(episodes[:1], agent.surrogate_return)["reward_correlation"])
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -978,7 +1005,10 @@ def test_command_line_end_to_end(script, flags, name, device, tmp_path):
     env = diffail.make_env(policy["env_id"], policy["observation_mean"].numpy(), policy["observation_std"].numpy())
     seeds = [diffail.episode_seed(1, 1, 400, i) for i in range(2)]
     if device == "cpu":  # the saved policy is the one evaluated last
-        assert diffail.evaluate(actor, env, seeds)[0] == pytest.approx(float(rows[-1]["mean_return"]), abs=1e-3)
+        for name, value in diffail.summarize([diffail.play_episode(actor, env, seed) for seed in seeds]).items():
+            assert value == pytest.approx(float(rows[-1][name]), abs=1e-3)
+    if script != "sac_baseline":  # over two episodes a correlation is 1 or -1
+        assert all(abs(float(row["reward_correlation"])) == 1 and float(row["mean_surrogate_return"]) != 0 for row in rows)
     again = run(*command, "--resume", *(["--save-demos", tmp_path / "new.npz"] if script == "sac_baseline" else []))
     assert again.returncode == 0 and "has finished" in again.stdout
     if script == "sac_baseline":  # a finished expert can still be recorded
@@ -1211,7 +1241,7 @@ def test_scripts_import_nothing_of_each_other_and_declare_the_pinned_requirement
         assert {re.split(r"\W", pin)[0] for pin in declared} >= imported & {"torch", "gymnasium", "mujoco", "numpy", "tyro"}
 
 
-def test_the_policy_is_used_as_the_readme_says(tmp_path, monkeypatch):
+def test_the_policy_is_used_as_the_readme_says(tmp_path, capsys):
     args = dict(**SMALL | {"sac_hidden_dim": 16}, demos=corridor_demos(tmp_path / "demos.npz"), normalize_observations=True, hidden_dim=8)
     diffail.main(diffail.Args(**args, total_timesteps=70, output_dir=tmp_path))
     (code,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
@@ -1219,7 +1249,7 @@ def test_the_policy_is_used_as_the_readme_says(tmp_path, monkeypatch):
     namespace = {}
     exec(re.sub(r'"runs/.*?/policy.pt"', repr(str(path)), code), namespace)
     assert namespace["actor"].net[0].weight.shape == (16, 2)
-    assert namespace["evaluate"](namespace["actor"], namespace["env"], [0]) == (35.0, 0.0, 5.0)
+    assert "{'mean_return': 35.0, 'std_return': 0.0, 'mean_length': 5.0}" in capsys.readouterr().out
 
 
 def test_readme_points_at_the_lines_it_names():
