@@ -1053,7 +1053,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_uninterrupted_run(tmp_path):
     ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (stopped, whole))
     for state in (ours, theirs):
         del state["wall_time"], state["config"]
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)  # of one episode there is no correlation
 
     again = run("diffail.py", *flags, tmp_path / "again")  # and the same command gives the same evaluations
     assert again.returncode == 0
