@@ -35,6 +35,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -84,6 +85,7 @@ class Args:
     critic_lr: float = 3e-4  # Adam learning rate of the critics
     sac_beta1: float = 0.25  # Adam's beta_1 for actor, critics and temperature: the reward moves, so little momentum
     initial_temperature: float = 0.2  # initial alpha
+    target_entropy_per_dim: float = -0.5  # target entropy, per dimension of the action
     actor_regularizer: float = 1e-3  # weight of mean^2 + log_std^2 in the actor's loss
 
     # The run
@@ -145,10 +147,19 @@ def gail_reward(discriminator: MLPDiscriminator, x: Tensor, form: str) -> Tensor
 # ------------------------------------------------------------------------------------------------------------------- SAC
 
 
-def mlp(*widths: int) -> nn.Sequential:
-    """Linear layers between the given widths, with ReLU between the layers."""
-    layers = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.ReLU(inplace=True))]
-    return nn.Sequential(*layers[:-1])
+@torch.no_grad()
+def mlp(*widths: int, last: float) -> nn.Sequential:
+    """Linear layers between the given widths, with ReLU between the layers.
+
+    Initialised as in rlkit, which the released code is built on: weights within 1 / sqrt(outputs), biases 0.1, and all of the last layer
+    within `last`. PyTorch's own initialisation, 1 / sqrt(inputs), imitates the HalfCheetah much later."""
+    linears = [nn.Linear(inputs, outputs) for inputs, outputs in itertools.pairwise(widths)]
+    for linear in linears[:-1]:
+        linear.weight.uniform_(-(linear.out_features**-0.5), linear.out_features**-0.5)
+        linear.bias.fill_(0.1)
+    linears[-1].weight.uniform_(-last, last)
+    linears[-1].bias.uniform_(-last, last)
+    return nn.Sequential(*[layer for linear in linears for layer in (linear, nn.ReLU(inplace=True))][:-1])
 
 
 class Actor(nn.Module):
@@ -156,7 +167,7 @@ class Actor(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
         super().__init__()
-        self.net = mlp(observation_dim, hidden_dim, hidden_dim, 2 * action_dim)
+        self.net = mlp(observation_dim, hidden_dim, hidden_dim, 2 * action_dim, last=1e-3)
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """Observations [B, obs] to the mean and the log standard deviation of u, [B, act] each."""
@@ -180,8 +191,8 @@ class TwinCritic(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
         super().__init__()
-        self.q1 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
-        self.q2 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
+        self.q1 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1, last=3e-3)
+        self.q2 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1, last=3e-3)
 
     def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Observations [B, obs] and actions [B, act] to two values, [B] each."""
@@ -251,7 +262,7 @@ class GAIL(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, args: Args, device: torch.device):
         super().__init__()
-        self.args, self.target_entropy = args, -action_dim / 2
+        self.args, self.target_entropy = args, args.target_entropy_per_dim * action_dim
         input_dim = observation_dim + (observation_dim if args.state_only else action_dim)
         self.discriminator = MLPDiscriminator(input_dim, args.hidden_dim)
         self.actor = Actor(observation_dim, action_dim, args.sac_hidden_dim)
@@ -428,7 +439,7 @@ def fail(message: str) -> NoReturn:
 
 def check_numbers(args: Args):
     """Exit with code 2 where a number cannot be meant: counts begin at 1, the seed, rates and weights at 0, and some end at 1."""
-    least = {"seed": 0, "initial_temperature": 1e-6, "target_return": -math.inf}
+    least = {"seed": 0, "initial_temperature": 1e-6, "target_return": -math.inf, "target_entropy_per_dim": -math.inf}
     most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 1, "tau": 1, "sac_beta1": 0.999}
     for name, value in vars(args).items():
         if type(value) in (int, float):
@@ -712,4 +723,8 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    threading.excepthook = lambda _: None  # TensorBoard writes in a thread; what fails there is raised here, by its next call
+    try:
+        main(tyro.cli(Args))
+    except OSError as error:
+        fail(f"cannot write, and the last checkpoint is kept: {error}")

@@ -30,6 +30,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -83,10 +84,19 @@ class Args:
 # ------------------------------------------------------------------------------------------------------------------- SAC
 
 
-def mlp(*widths: int) -> nn.Sequential:
-    """Linear layers between the given widths, with ReLU between the layers."""
-    layers = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.ReLU(inplace=True))]
-    return nn.Sequential(*layers[:-1])
+@torch.no_grad()
+def mlp(*widths: int, last: float) -> nn.Sequential:
+    """Linear layers between the given widths, with ReLU between the layers.
+
+    Initialised as in rlkit, which the released code is built on: weights within 1 / sqrt(outputs), biases 0.1, and all of the last layer
+    within `last`. PyTorch's own initialisation, 1 / sqrt(inputs), imitates the HalfCheetah much later."""
+    linears = [nn.Linear(inputs, outputs) for inputs, outputs in itertools.pairwise(widths)]
+    for linear in linears[:-1]:
+        linear.weight.uniform_(-(linear.out_features**-0.5), linear.out_features**-0.5)
+        linear.bias.fill_(0.1)
+    linears[-1].weight.uniform_(-last, last)
+    linears[-1].bias.uniform_(-last, last)
+    return nn.Sequential(*[layer for linear in linears for layer in (linear, nn.ReLU(inplace=True))][:-1])
 
 
 class Actor(nn.Module):
@@ -94,7 +104,7 @@ class Actor(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
         super().__init__()
-        self.net = mlp(observation_dim, hidden_dim, hidden_dim, 2 * action_dim)
+        self.net = mlp(observation_dim, hidden_dim, hidden_dim, 2 * action_dim, last=1e-3)
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """Observations [B, obs] to the mean and the log standard deviation of u, [B, act] each."""
@@ -118,8 +128,8 @@ class TwinCritic(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
         super().__init__()
-        self.q1 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
-        self.q2 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
+        self.q1 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1, last=3e-3)
+        self.q2 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1, last=3e-3)
 
     def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Observations [B, obs] and actions [B, act] to two values, [B] each."""
@@ -318,7 +328,7 @@ def fail(message: str) -> NoReturn:
 
 def check_numbers(args: Args):
     """Exit with code 2 where a number cannot be meant: counts begin at 1, the seed, rates and weights at 0, and some end at 1."""
-    least = {"seed": 0, "initial_temperature": 1e-6, "target_return": -math.inf}
+    least = {"seed": 0, "initial_temperature": 1e-6, "target_return": -math.inf, "target_entropy_per_dim": -math.inf}
     most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 1, "tau": 1, "sac_beta1": 0.999}
     for name, value in vars(args).items():
         if type(value) in (int, float):
@@ -570,4 +580,8 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    threading.excepthook = lambda _: None  # TensorBoard writes in a thread; what fails there is raised here, by its next call
+    try:
+        main(tyro.cli(Args))
+    except OSError as error:
+        fail(f"cannot write, and the last checkpoint is kept: {error}")

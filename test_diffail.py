@@ -330,10 +330,22 @@ def test_one_gail_update_is_the_plain_one():
 # --------------------------------------------------------------------------------------------------------------- SAC
 
 
+def test_networks_begin_as_in_rlkit():
+    actor, critic = diffail.Actor(17, 6, 256), diffail.TwinCritic(17, 6, 256)
+    for net, last in ((actor.net, 1e-3), (critic.q1, 3e-3), (critic.q2, 3e-3)):
+        *hidden, out = [module for module in net if isinstance(module, nn.Linear)]
+        for layer in hidden:
+            assert layer.weight.abs().max().item() == pytest.approx(1 / 16, rel=0.01) and layer.weight.abs().max() <= 1 / 16
+            assert layer.weight.std().item() == pytest.approx(1 / 16 / math.sqrt(3), rel=0.03) and (layer.bias == 0.1).all()
+        assert out.weight.std().item() == pytest.approx(last / math.sqrt(3), rel=0.15) and (out.weight.abs() <= last).all()
+        assert (out.bias.abs() <= last).all() and out.bias.abs().min() > 0
+    assert not torch.equal(critic.q1[0].weight, critic.q2[0].weight)
+
+
 @pytest.mark.parametrize("scale", [1.0, 30.0])  # 30: tanh saturates and 1 - a^2 is 0 in floating point
 def test_actor_log_prob_is_that_of_torch_distributions(scale):
     actor, observations = diffail.Actor(3, 2, 8).double(), torch.randn(50, 3).double()
-    actor.net[-1].weight.data.mul_(scale)
+    actor.net[-1].weight.data.mul_(100 * scale)
     actor.net[-1].bias.data[:2] = 0.5 * scale
     torch.manual_seed(1)
     actions, log_prob, mean, log_std = actor.sample(observations)
@@ -1121,6 +1133,11 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint(tmp_path):
     assert path.read_bytes() == before and not list(path.parent.glob("*.tmp"))
     assert run("diffail.py", *flags, 600).returncode == 0
 
+    flags = [*flags[: flags.index("--checkpoint-every")], "--eval-every", 5000, "--output-dir", tmp_path / "events"]
+    flags += ["--total-timesteps", 5000]
+    full = run("diffail.py", *flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, 3_000)))
+    assert full.returncode == 2 and "the last checkpoint is kept" in full.stderr and full.stderr.count("\n") == 1  # TensorBoard's file
+
 
 @pytest.mark.parametrize(
     "what, message",
@@ -1263,3 +1280,21 @@ def test_readme_points_at_the_lines_it_names():
             (node,) = [node for node in nodes if getattr(node, "name", None) == part]
             nodes = node.body
         assert node.lineno == int(line), f"README says line {line} of {file} is {name}, which is line {node.lineno}"
+
+
+def test_the_results_in_the_readme_are_those_of_the_files():
+    rows = re.findall(r"^\| \[.*?\]\((benchmark/results/\S+)\.csv\) \|(.*)\|$", (HERE / "README.md").read_text(), re.M)
+    assert {Path(name).name for name, _ in rows} == {path.stem for path in (HERE / "benchmark" / "results").glob("*traj__s*.csv")}
+    for name, cells in rows:
+        with open(HERE / f"{name}.csv", newline="") as file:
+            evaluations = [(int(row["step"]), float(row["mean_return"])) for row in csv.DictReader(file)]
+        config = json.loads((HERE / f"{name}.json").read_text())
+        with np.load(HERE / "demos" / f"{config['args']['env_id']}.npz") as file:
+            expert = np.mean(json.loads(file["metadata"].item())["returns"])
+        steps, first, best, final, _, commit = (cell.strip() for cell in cells.split("|"))
+        assert steps == f"{evaluations[-1][0] // 1000}k" + ("" if config.get("finished_at_step") == evaluations[-1][0] else " so far")
+        assert first == next((f"{step // 1000}k" for step, value in evaluations if value >= expert), "no")
+        last = [value for _, value in evaluations[-5:]]
+        for cell, value in ((best, max(value for _, value in evaluations)), (final, sum(last) / len(last))):
+            assert cell == f"{value:.0f}, {100 * value / expert:.0f} %"
+        assert config["commit"].startswith(commit) and "dirty" not in config["commit"]
