@@ -1207,6 +1207,41 @@ def test_the_whole_pipeline_learns_the_inverted_pendulum(tmp_path):
         assert max(returns) >= 0.5 * expert_return, (script, returns)
 
 
+FAKE_SCRIPT = """
+import json, sys
+from pathlib import Path
+words = sys.argv[1:]
+seed, output_dir = words[words.index("--seed") + 1], Path(words[words.index("--output-dir") + 1])
+setting = "state-only" if "--state-only" in words else "state-action"
+with open(output_dir / "started", "a") as file:
+    print(seed, setting, *words[words.index("--resume") :], file=file)
+if seed == "2":
+    raise SystemExit("seed 2 does not work")
+run_dir = output_dir / f"Hopper-v4__diffail__{setting}__1traj__s{seed}"
+run_dir.mkdir(exist_ok=True)
+(run_dir / "evaluations.csv").write_text("step,mean_return\\n100,12.5\\n")
+(run_dir / "config.json").write_text(json.dumps({"finished_at_step": 100}))
+"""
+
+
+def test_a_grid_skips_what_is_finished_and_goes_on_past_a_failure(tmp_path):
+    pytest.importorskip("submitit")
+    (tmp_path / "benchmark").mkdir()
+    (tmp_path / "benchmark" / "run.py").write_bytes((HERE / "benchmark" / "run.py").read_bytes())
+    (tmp_path / "diffail.py").write_text(FAKE_SCRIPT)
+    runs = tmp_path / "runs"
+    command = [tmp_path / "benchmark" / "run.py", "--env-ids", "Hopper-v4", "--output-dir", runs]
+    first = run(*command, "--seeds", 1, 2, "--", "--total-timesteps", 100)
+    assert first.returncode == 1 and "s2: failed" in first.stdout and "s1: finished, 100 steps, return 12.5" in first.stdout
+    started = [f"{seed} {setting} --resume --total-timesteps 100" for seed in (1, 2) for setting in ("state-only", "state-action")]
+    assert sorted((runs / "started").read_text().splitlines()) == sorted(started)
+    second = run(*command, "--seeds", 1, 3, "--", "--total-timesteps", 100)
+    assert second.returncode == 0, second.stderr
+    assert [line[0] for line in (runs / "started").read_text().splitlines()[4:]] == ["3", "3"]
+    longer = run(*command, "--seeds", 1, "--", "--total-timesteps", 200)  # not finished any more
+    assert longer.returncode == 0 and len((runs / "started").read_text().splitlines()) == 8
+
+
 # --------------------------------------------------------------------------------------------------- the text itself
 
 
