@@ -1331,5 +1331,5 @@ def test_the_results_in_the_readme_are_those_of_the_files():
         assert first == next((f"{step // 1000}k" for step, value in evaluations if value >= expert), "no")
         last = [value for _, value in evaluations[-5:]]
         for cell, value in ((best, max(value for _, value in evaluations)), (final, sum(last) / len(last))):
-            assert cell == f"{value:.0f}, {100 * value / expert:.0f} %"
+            assert cell == f"{round(value)}, {round(100 * value / expert)} %"
         assert config["commit"].startswith(commit) and "dirty" not in config["commit"]

@@ -126,7 +126,7 @@ def table(runs: list[Run], paper: dict) -> str:
                  f"(benchmark/results/{run.path.name})"]  # fmt: skip
         cells += [f"{steps[-1] / 1000:.0f}k" + " so far" * (not run.finished)]
         cells += [f"{above[0] / 1000:.0f}k" if len(above) else "no"]
-        cells += [f"{value:.0f}, {100 * value / expert:.0f} %" for value in (returns.max(), returns[-5:].mean())]
+        cells += [f"{round(value)}, {round(100 * value / expert)} %" for value in (returns.max(), returns[-5:].mean())]
         theirs, expert = (paper_curve(paper, run.env_id, run.setting, algorithm)[1] for algorithm in (NAMES[run.script], "expert"))
         cells += [f"{100 * theirs.max() / expert[0]:.0f} %, {100 * theirs[-5:].mean() / expert[0]:.0f} %" if len(theirs) else ""]
         cells += [run.config["commit"][:7]]
