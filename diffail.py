@@ -84,6 +84,7 @@ class Args:
     batch_size: int = 256  # samples per update, of the expert and of the policy
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     sac_hidden_dim: int = 256  # units in each of the two hidden layers of actor and critics
+    network_init: Literal["rlkit", "pytorch"] = "rlkit"  # how actor and critics begin: as in the authors' code, or as PyTorch does
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # step of the target critics towards the critics
     actor_lr: float = 3e-4  # Adam learning rate of the actor and of the temperature
@@ -278,19 +279,21 @@ def mish(x: Tensor) -> tuple[Tensor, Tensor | None]:
 # ------------------------------------------------------------------------------------------------------------------- SAC
 
 
-@torch.no_grad()
-def mlp(*widths: int, last: float) -> nn.Sequential:
-    """Linear layers between the given widths, with ReLU between the layers.
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers between the given widths, with ReLU between the layers."""
+    layers = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.ReLU(inplace=True))]
+    return nn.Sequential(*layers[:-1])
 
-    Initialised as in rlkit, which the released code is built on: weights within 1 / sqrt(outputs), biases 0.1, and all of the last layer
-    within `last`. PyTorch's own initialisation, 1 / sqrt(inputs), imitates the HalfCheetah much later."""
-    linears = [nn.Linear(inputs, outputs) for inputs, outputs in itertools.pairwise(widths)]
-    for linear in linears[:-1]:
-        linear.weight.uniform_(-(linear.out_features**-0.5), linear.out_features**-0.5)
-        linear.bias.fill_(0.1)
-    linears[-1].weight.uniform_(-last, last)
-    linears[-1].bias.uniform_(-last, last)
-    return nn.Sequential(*[layer for linear in linears for layer in (linear, nn.ReLU(inplace=True))][:-1])
+
+@torch.no_grad()
+def initialize_as_rlkit(net: nn.Sequential, last: float):
+    """Hidden weights within 1 / sqrt(outputs), where PyTorch counts the inputs, hidden biases 0.1, the last layer within `last`."""
+    *hidden, out = [module for module in net if isinstance(module, nn.Linear)]
+    for layer in hidden:
+        layer.weight.uniform_(-(layer.out_features**-0.5), layer.out_features**-0.5)
+        layer.bias.fill_(0.1)
+    for parameter in out.parameters():
+        parameter.uniform_(-last, last)
 
 
 class Actor(nn.Module):
@@ -298,7 +301,7 @@ class Actor(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
         super().__init__()
-        self.net = mlp(observation_dim, hidden_dim, hidden_dim, 2 * action_dim, last=1e-3)
+        self.net = mlp(observation_dim, hidden_dim, hidden_dim, 2 * action_dim)
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """Observations [B, obs] to the mean and the log standard deviation of u, [B, act] each."""
@@ -322,8 +325,8 @@ class TwinCritic(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
         super().__init__()
-        self.q1 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1, last=3e-3)
-        self.q2 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1, last=3e-3)
+        self.q1 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
+        self.q2 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
 
     def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Observations [B, obs] and actions [B, act] to two values, [B] each."""
@@ -398,6 +401,9 @@ class DiffAIL(nn.Module):
         self.discriminator = DiffusionDiscriminator(input_dim, args.hidden_dim, args.diffusion_steps, args.noise_schedule)
         self.actor = Actor(observation_dim, action_dim, args.sac_hidden_dim)
         self.critic = TwinCritic(observation_dim, action_dim, args.sac_hidden_dim)
+        if args.network_init == "rlkit":
+            for net, last in ((self.actor.net, 1e-3), (self.critic.q1, 3e-3), (self.critic.q2, 3e-3)):
+                initialize_as_rlkit(net, last)
         self.target_critic = copy.deepcopy(self.critic)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.initial_temperature)))
         self.to(device)

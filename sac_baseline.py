@@ -84,19 +84,10 @@ class Args:
 # ------------------------------------------------------------------------------------------------------------------- SAC
 
 
-@torch.no_grad()
-def mlp(*widths: int, last: float) -> nn.Sequential:
-    """Linear layers between the given widths, with ReLU between the layers.
-
-    Initialised as in rlkit, which the released code is built on: weights within 1 / sqrt(outputs), biases 0.1, and all of the last layer
-    within `last`. PyTorch's own initialisation, 1 / sqrt(inputs), imitates the HalfCheetah much later."""
-    linears = [nn.Linear(inputs, outputs) for inputs, outputs in itertools.pairwise(widths)]
-    for linear in linears[:-1]:
-        linear.weight.uniform_(-(linear.out_features**-0.5), linear.out_features**-0.5)
-        linear.bias.fill_(0.1)
-    linears[-1].weight.uniform_(-last, last)
-    linears[-1].bias.uniform_(-last, last)
-    return nn.Sequential(*[layer for linear in linears for layer in (linear, nn.ReLU(inplace=True))][:-1])
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers between the given widths, with ReLU between the layers."""
+    layers = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.ReLU(inplace=True))]
+    return nn.Sequential(*layers[:-1])
 
 
 class Actor(nn.Module):
@@ -104,7 +95,7 @@ class Actor(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
         super().__init__()
-        self.net = mlp(observation_dim, hidden_dim, hidden_dim, 2 * action_dim, last=1e-3)
+        self.net = mlp(observation_dim, hidden_dim, hidden_dim, 2 * action_dim)
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """Observations [B, obs] to the mean and the log standard deviation of u, [B, act] each."""
@@ -128,8 +119,8 @@ class TwinCritic(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
         super().__init__()
-        self.q1 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1, last=3e-3)
-        self.q2 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1, last=3e-3)
+        self.q1 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
+        self.q2 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
 
     def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Observations [B, obs] and actions [B, act] to two values, [B] each."""

@@ -330,8 +330,11 @@ def test_one_gail_update_is_the_plain_one():
 # --------------------------------------------------------------------------------------------------------------- SAC
 
 
-def test_networks_begin_as_in_rlkit():
-    actor, critic = diffail.Actor(17, 6, 256), diffail.TwinCritic(17, 6, 256)
+@pytest.mark.parametrize("agent_class", [diffail.DiffAIL, gail_baseline.GAIL])
+def test_networks_begin_as_in_rlkit(agent_class):
+    script = sys.modules[agent_class.__module__]
+    agent = agent_class(17, 6, script.Args(grad_penalty=0.1, hidden_dim=8), torch.device("cpu"))
+    actor, critic = agent.actor, agent.critic
     for net, last in ((actor.net, 1e-3), (critic.q1, 3e-3), (critic.q2, 3e-3)):
         *hidden, out = [module for module in net if isinstance(module, nn.Linear)]
         for layer in hidden:
@@ -340,12 +343,15 @@ def test_networks_begin_as_in_rlkit():
         assert out.weight.std().item() == pytest.approx(last / math.sqrt(3), rel=0.15) and (out.weight.abs() <= last).all()
         assert (out.bias.abs() <= last).all() and out.bias.abs().min() > 0
     assert not torch.equal(critic.q1[0].weight, critic.q2[0].weight)
+    assert all(torch.equal(*pair) for pair in zip(critic.parameters(), agent.target_critic.parameters()))
+    agent = agent_class(17, 6, script.Args(grad_penalty=0.1, hidden_dim=8, network_init="pytorch"), torch.device("cpu"))
+    assert agent.actor.net[0].weight.abs().max().item() == pytest.approx(1 / math.sqrt(17), rel=0.01)
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])  # 30: tanh saturates and 1 - a^2 is 0 in floating point
 def test_actor_log_prob_is_that_of_torch_distributions(scale):
     actor, observations = diffail.Actor(3, 2, 8).double(), torch.randn(50, 3).double()
-    actor.net[-1].weight.data.mul_(100 * scale)
+    actor.net[-1].weight.data.mul_(scale)
     actor.net[-1].bias.data[:2] = 0.5 * scale
     torch.manual_seed(1)
     actions, log_prob, mean, log_std = actor.sample(observations)
@@ -1186,7 +1192,7 @@ def test_the_whole_pipeline_learns_the_inverted_pendulum(tmp_path):
     recording = ["--target-return", 900, "--save-demos", demos, "--demo-episodes", 2]
     expert = run("sac_baseline.py", *small, "--total-timesteps", 20_000, *recording)
     assert expert.returncode == 0, expert.stdout + expert.stderr
-    imitation = ["--state-only", "--demos", demos, "--hidden-dim", 64, "--discriminator-lr", 3e-4]
+    imitation = ["--state-only", "--demos", demos, "--hidden-dim", 64, "--discriminator-lr", 3e-4, "--network-init", "pytorch"]
     for script, grad_penalty in (("diffail.py", 0.1), ("gail_baseline.py", 0.5)):
         imitator = run(script, *small, "--total-timesteps", 5000, *imitation, "--grad-penalty", grad_penalty)
         assert imitator.returncode == 0, imitator.stderr
