@@ -27,6 +27,7 @@ arXiv 1807.06158). For x = [s, a], or the pair of states x = [s, s'] with --stat
 # ]
 # ///
 import copy
+import errno
 import itertools
 import json
 import math
@@ -156,7 +157,7 @@ def mlp(*widths: int) -> nn.Sequential:
 
 @torch.no_grad()
 def initialize_as_rlkit(net: nn.Sequential, last: float):
-    """Hidden weights within 1 / sqrt(outputs), where PyTorch counts the inputs, hidden biases 0.1, the last layer within `last`."""
+    """Uniform hidden weights within 1 / sqrt(outputs), in PyTorch 1 / sqrt(inputs); hidden biases 0.1; the last layer within `last`."""
     *hidden, out = [module for module in net if isinstance(module, nn.Linear)]
     for layer in hidden:
         layer.weight.uniform_(-(layer.out_features**-0.5), layer.out_features**-0.5)
@@ -271,7 +272,7 @@ class GAIL(nn.Module):
         self.actor = Actor(observation_dim, action_dim, args.sac_hidden_dim)
         self.critic = TwinCritic(observation_dim, action_dim, args.sac_hidden_dim)
         if args.network_init == "rlkit":
-            for net, last in ((self.actor.net, 1e-3), (self.critic.q1, 3e-3), (self.critic.q2, 3e-3)):
+            for net, last in ((self.actor.net, 1e-3), (self.critic.q1, 3e-3), (self.critic.q2, 3e-3)):  # rlkit's values
                 initialize_as_rlkit(net, last)
         self.target_critic = copy.deepcopy(self.critic)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.initial_temperature)))
@@ -414,12 +415,14 @@ def summarize(episodes: list[dict[str, np.ndarray]]) -> dict[str, float]:
 
 
 def compare_rewards(episodes: list[dict[str, np.ndarray]], surrogate_return: Callable) -> dict[str, float]:
-    """Mean surrogate return, and its Pearson correlation with the true return over the episodes: nan where one of the two never varies."""
+    """Mean surrogate return, and its Pearson correlation with the true return: does the surrogate reward rank episodes as the task does?
+
+    The correlation is nan where one of the two returns is the same in all episodes."""
     returns = np.array([episode["rewards"].sum() for episode in episodes])
     surrogate_returns = np.array([surrogate_return(episode) for episode in episodes])
-    x, y = surrogate_returns - surrogate_returns.mean(), returns - returns.mean()
-    scale = np.linalg.norm(x) * np.linalg.norm(y)
-    return {"mean_surrogate_return": float(surrogate_returns.mean()), "reward_correlation": float(x @ y / scale) if scale > 0 else math.nan}
+    varies = np.ptp(returns) > 0 and np.ptp(surrogate_returns) > 0
+    correlation = float(np.corrcoef(surrogate_returns, returns)[0, 1]) if varies else math.nan
+    return {"mean_surrogate_return": float(surrogate_returns.mean()), "reward_correlation": correlation}
 
 
 def share_of_expert(mean_return: float, expert_return: float) -> str:
@@ -729,8 +732,11 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    threading.excepthook = lambda _: None  # TensorBoard writes in a thread; what fails there is raised here, by its next call
+    # TensorBoard writes in a thread, and raises here what failed there: a full disk is one line.
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else threading.__excepthook__(args)
     try:
         main(tyro.cli(Args))
     except OSError as error:
-        fail(f"cannot write, and the last checkpoint is kept: {error}")
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        fail(f"{error}; what was written whole, a checkpoint too, is still there")

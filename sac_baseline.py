@@ -22,6 +22,7 @@ Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.059
 # ]
 # ///
 import copy
+import errno
 import itertools
 import json
 import math
@@ -571,8 +572,11 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    threading.excepthook = lambda _: None  # TensorBoard writes in a thread; what fails there is raised here, by its next call
+    # TensorBoard writes in a thread, and raises here what failed there: a full disk is one line.
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else threading.__excepthook__(args)
     try:
         main(tyro.cli(Args))
     except OSError as error:
-        fail(f"cannot write, and the last checkpoint is kept: {error}")
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        fail(f"{error}; what was written whole, a checkpoint too, is still there")

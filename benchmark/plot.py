@@ -1,11 +1,13 @@
-"""From benchmark/results/*.csv: learning curves and the reward's correlation to benchmark/figures/, and the README's table to the console.
+"""From benchmark/results/*.csv: learning curves to benchmark/figures/, and the README's table to the console.
 
     pip install -r benchmark/requirements.txt
     python benchmark/plot.py
 
-A result is called ENV__SCRIPT__SETTING__NUMBERtraj__sSEED.csv, or ...__VARIANT.csv where it was not made with the defaults.
+A result is called ENV__SCRIPT__SETTING__NUMBERtraj__sSEED.csv, or ...__VARIANT.csv where it was not made with the defaults. Where there are
+runs of both DiffAIL and GAIL, a further figure has the correlation of surrogate and true return.
 """
 import csv
+import itertools
 import json
 from collections import defaultdict
 from dataclasses import dataclass
@@ -31,8 +33,9 @@ class Run:
     columns: dict[str, np.ndarray]  # by name, one number per evaluation
 
     def __post_init__(self):
-        self.env_id, self.script, self.setting, _, seed, *variant = self.path.stem.split("__")
-        self.seed, self.variant, self.finished = int(seed[1:]), " ".join(variant), "finished_at_step" in self.config
+        self.env_id, self.script, self.setting, trajectories, seed, *variant = self.path.stem.split("__")
+        self.trajectories, self.seed, self.variant = int(trajectories.removesuffix("traj")), int(seed[1:]), " ".join(variant)
+        self.finished = "finished_at_step" in self.config
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
@@ -49,24 +52,27 @@ def expert_return(env_id: str) -> float:
         return float(np.mean(json.loads(file["metadata"].item())["returns"]))
 
 
-def paper_curve(paper: dict, env_id: str, setting: str, algorithm: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and mean returns of the paper's seeds, with one trajectory; empty where the paper has none."""
-    rows = (paper["env"] == env_id.split("-v")[0]) & (paper["setting"] == setting) & (paper["algorithm"] == algorithm)
-    rows &= paper["trajectories"] == 1
-    return paper["step"][rows], paper["mean_return"][rows]
+def paper_curve(paper: dict, run: Run, algorithm: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and mean returns of the paper's seeds in the run's environment, setting and trajectories; empty where the paper has none.
+
+    The authors' plotting script draws at t the mean of the evaluations at t, t + 10k, t + 20k and t + 30k steps: here it is at t + 15k."""
+    rows = (paper["env"] == run.env_id.split("-v")[0]) & (paper["setting"] == run.setting)
+    rows &= (paper["algorithm"] == algorithm) & (paper["trajectories"] == run.trajectories)
+    return paper["step"][rows] + 15_000, paper["mean_return"][rows]
 
 
 def plot_group(axes: plt.Axes, runs: list[Run], column: str, style: tuple, label: str):
     """One line: the mean over the seeds as far as all of them have come, and, with several, a band from the least to the greatest."""
     n = min(len(run.columns["step"]) for run in runs)
     values = np.array([run.columns[column][:n] for run in runs])
-    steps, (colour, line) = runs[0].columns["step"][:n] / 1000, style
+    steps, (colour, line) = runs[0].columns["step"][:n], style
+    assert all((run.columns["step"][:n] == steps).all() for run in runs), f"{label}: evaluations at other steps"
     label += f", {'seed' if len(runs) == 1 else 'seeds'} {', '.join(str(run.seed) for run in runs)}"
-    if not all(run.finished for run in runs):
-        label += f", first {steps[-1]:.0f}k steps"
-    axes.plot(steps, values.mean(0), linestyle=line, color=colour, lw=2.2, label=label)
+    if not all(run.finished and len(run.columns["step"]) == n for run in runs):
+        label += f", first {steps[-1] / 1000:.0f}k steps"
+    axes.plot(steps / 1000, values.mean(0), linestyle=line, color=colour, lw=2.2, label=label, marker="o" if n == 1 else None)
     if len(runs) > 1:
-        axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.18, lw=0)
+        axes.fill_between(steps / 1000, values.min(0), values.max(0), color=colour, alpha=0.18, lw=0)
 
 
 def groups(runs: list[Run]) -> dict[str, list[Run]]:
@@ -87,32 +93,38 @@ def finish(figure: plt.Figure, axes: plt.Axes, name: str):
     print(HERE / "figures" / name)
 
 
-def plot_returns(env_id: str, setting: str, runs: list[Run], paper: dict):
+def title(run: Run) -> str:
+    """Environment, setting, number of trajectories."""
+    return f"{run.env_id}, {run.setting}, {run.trajectories} {'trajectory' if run.trajectories == 1 else 'trajectories'}"
+
+
+def plot_returns(runs: list[Run], paper: dict, name: str):
     """Learning curves of one environment and setting, with the expert's line and the paper's curves."""
     figure, axes = plt.subplots(figsize=(7, 5.6), layout="constrained")
-    for label, style in (("DiffAIL", ":"), ("GAIL", (0, (1, 4)))):
-        steps, returns = paper_curve(paper, env_id, setting, label)
+    for algorithm, line in (("DiffAIL", (0, (1, 1))), ("GAIL", (0, (1, 4)))):
+        steps, returns = paper_curve(paper, runs[0], algorithm)
         if len(steps):
-            axes.plot(steps / 1000, returns, linestyle=style, color=GREY, lw=2.2, label=f"{label} in the paper, mean of 5 seeds")
-    for style, (label, seeds) in zip(STYLES, groups(runs).items(), strict=False):
+            label = f"{algorithm} in the paper, mean of 5 seeds, smoothed"
+            axes.plot(steps / 1000, returns, linestyle=line, color=GREY, lw=2.2, label=label)
+    for style, (label, seeds) in zip(itertools.cycle(STYLES), groups(runs).items(), strict=False):
         plot_group(axes, seeds, "mean_return", style, label)
-    expert = expert_return(env_id)
+    expert = expert_return(runs[0].env_id)
     axes.axhline(expert, color="black", lw=1.2)
     where = dict(xycoords=("axes fraction", "data"), ha="right", xytext=(0, 4), textcoords="offset points", fontsize=12)
     axes.annotate(f"expert, {expert:.0f}", (1, expert), **where)
-    axes.set(xlabel="environment steps (thousands)", ylabel="return", title=f"{env_id}, {setting}, 1 trajectory")
-    finish(figure, axes, f"{env_id}__{setting}.png")
+    axes.set(xlabel="environment steps (thousands)", ylabel="return", title=title(runs[0]))
+    finish(figure, axes, f"{name}.png")
 
 
-def plot_correlation(env_id: str, setting: str, runs: list[Run]):
+def plot_correlation(runs: list[Run], name: str):
     """The correlation of surrogate and true return over the episodes of each evaluation, DiffAIL's beside GAIL's."""
     figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
-    for style, (label, seeds) in zip(STYLES, groups(runs).items(), strict=False):
+    for style, (label, seeds) in zip(itertools.cycle(STYLES), groups(runs).items(), strict=False):
         plot_group(axes, seeds, "reward_correlation", style, label)
     axes.axhline(0, color="black", lw=0.8)
     axes.set(xlabel="environment steps (thousands)", ylabel="Pearson correlation of surrogate and true return", ylim=(-1.05, 1.05))
-    axes.set_title(f"{env_id}, {setting}, 1 trajectory")
-    finish(figure, axes, f"{env_id}__{setting}__correlation.png")
+    axes.set_title(title(runs[0]))
+    finish(figure, axes, f"{name}__correlation.png")
 
 
 def table(runs: list[Run], paper: dict) -> str:
@@ -127,7 +139,7 @@ def table(runs: list[Run], paper: dict) -> str:
         cells += [f"{steps[-1] / 1000:.0f}k" + " so far" * (not run.finished)]
         cells += [f"{above[0] / 1000:.0f}k" if len(above) else "no"]
         cells += [f"{round(value)}, {round(100 * value / expert)} %" for value in (returns.max(), returns[-5:].mean())]
-        theirs, expert = (paper_curve(paper, run.env_id, run.setting, algorithm)[1] for algorithm in (NAMES[run.script], "expert"))
+        theirs, expert = (paper_curve(paper, run, algorithm)[1] for algorithm in (NAMES[run.script], "expert"))
         cells += [f"{100 * theirs.max() / expert[0]:.0f} %, {100 * theirs[-5:].mean() / expert[0]:.0f} %" if len(theirs) else ""]
         cells += [run.config["commit"][:7]]
         lines.append(f"| {' | '.join(cells)} |")
@@ -141,13 +153,14 @@ def main():
     runs = [Run(path, json.loads(path.with_suffix(".json").read_text()), read_columns(path)) for path in paths]
     panels = defaultdict(list)
     for run in runs:
-        panels[run.env_id, run.setting].append(run)
+        panels[run.env_id, run.setting, run.trajectories].append(run)
     (HERE / "figures").mkdir(exist_ok=True)
-    for (env_id, setting), members in panels.items():
-        plot_returns(env_id, setting, members, paper)
+    for (env_id, setting, trajectories), members in panels.items():
+        name = f"{env_id}__{setting}__{trajectories}traj"
+        plot_returns(members, paper, name)
         measured = [run for run in members if "reward_correlation" in run.columns]
         if len({run.script for run in measured}) == 2:
-            plot_correlation(env_id, setting, measured)
+            plot_correlation(measured, name)
     print(table(runs, paper))
 
 

@@ -55,7 +55,8 @@ def main():
     while kills < options.kills:
         process = subprocess.Popen([*command, options.soak_dir / "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            process.wait(timeout=moments.uniform(0, 2 * seconds / options.kills))
+            if process.wait(timeout=moments.uniform(0, 2 * seconds / options.kills)) != 0:
+                raise SystemExit(f"exit code {process.returncode} after {kills} kills")
             break  # it came to its end
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
@@ -65,7 +66,9 @@ def main():
 
     (whole,), (killed,) = (list((options.soak_dir / name).iterdir()) for name in ("whole", "killed"))
     resumed = [entry["step"] for entry in json.loads((killed / "config.json").read_text()).get("resumed", [])]
-    print(f"{kills} kills; resumed at the steps {resumed}")
+    print(f"{kills} kills; checkpoints gone on from that led to another one: {resumed}")
+    if not resumed:
+        raise SystemExit("no kill came after the first checkpoint: fewer --kills, or a smaller --checkpoint-every")
     ours, theirs = outcome(killed), outcome(whole)
     different = [name for name in theirs if not same(ours[name], theirs[name])]
     print(f"differs in {', '.join(different)}" if different else f"the same in {', '.join(theirs)}")
