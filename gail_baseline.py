@@ -80,7 +80,7 @@ class Args:
     batch_size: int = 256  # samples per update, of the expert and of the policy
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     sac_hidden_dim: int = 256  # units in each of the two hidden layers of actor and critics
-    network_init: Literal["rlkit", "pytorch"] = "rlkit"  # how actor and critics begin: as in the authors' code, or as PyTorch does
+    network_init: Literal["pytorch", "rlkit"] = "pytorch"  # how actor and critics begin: as PyTorch does, or as in the authors' code
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # step of the target critics towards the critics
     actor_lr: float = 3e-4  # Adam learning rate of the actor and of the temperature

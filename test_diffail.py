@@ -331,9 +331,9 @@ def test_one_gail_update_is_the_plain_one():
 
 
 @pytest.mark.parametrize("agent_class", [diffail.DiffAIL, gail_baseline.GAIL])
-def test_networks_begin_as_in_rlkit(agent_class):
+def test_networks_begin_as_pytorch_does_or_as_in_rlkit(agent_class):
     script = sys.modules[agent_class.__module__]
-    agent = agent_class(17, 6, script.Args(grad_penalty=0.1, hidden_dim=8), torch.device("cpu"))
+    agent = agent_class(17, 6, script.Args(grad_penalty=0.1, hidden_dim=8, network_init="rlkit"), torch.device("cpu"))
     actor, critic = agent.actor, agent.critic
     for net, last in ((actor.net, 1e-3), (critic.q1, 3e-3), (critic.q2, 3e-3)):
         *hidden, out = [module for module in net if isinstance(module, nn.Linear)]
@@ -344,7 +344,7 @@ def test_networks_begin_as_in_rlkit(agent_class):
         assert (out.bias.abs() <= last).all() and out.bias.abs().min() > 0
     assert not torch.equal(critic.q1[0].weight, critic.q2[0].weight)
     assert all(torch.equal(*pair) for pair in zip(critic.parameters(), agent.target_critic.parameters()))
-    agent = agent_class(17, 6, script.Args(grad_penalty=0.1, hidden_dim=8, network_init="pytorch"), torch.device("cpu"))
+    agent = agent_class(17, 6, script.Args(grad_penalty=0.1, hidden_dim=8), torch.device("cpu"))
     assert agent.actor.net[0].weight.abs().max().item() == pytest.approx(1 / math.sqrt(17), rel=0.01)
 
 
@@ -1199,7 +1199,6 @@ def test_the_whole_pipeline_learns_the_inverted_pendulum(tmp_path):
     expert = run("sac_baseline.py", *small, "--total-timesteps", 20_000, *recording)
     assert expert.returncode == 0, expert.stdout + expert.stderr
     imitation = ["--state-only", "--demos", demos, "--hidden-dim", 64, "--discriminator-lr", 3e-4]
-    imitation += ["--network-init", "pytorch"]  # rlkit's small weights go with large observations; these are small
     for script, grad_penalty in (("diffail.py", 0.1), ("gail_baseline.py", 0.5)):
         imitator = run(script, *small, "--total-timesteps", 5000, *imitation, "--grad-penalty", grad_penalty)
         assert imitator.returncode == 0, imitator.stderr
