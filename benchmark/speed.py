@@ -184,7 +184,7 @@ def peak_memory(script: str, device: str, options: dict) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="every fifth one with the whole programs, too")
     parser.add_argument("--calls", type=int, default=20, help="of each stage, per round")
     parser.add_argument("--output", type=Path, help="CSV to write")
     options = parser.parse_args()
@@ -208,13 +208,10 @@ def main():
                     for stage, value in seconds_per_call(functions, options.calls, device).items():
                         seconds[name, stage] = value
             if round_ >= 0:
+                if round_ % 5 == 0:
+                    seconds |= {(name, "whole program"): program.whole_program(threads) for name, program in programs.items()}
                 for (name, stage), value in seconds.items():
                     times.setdefault((threads, name, stage), []).append(1e3 * value)
-
-    for _ in range(3):
-        for threads in all_threads:
-            for name, program in programs.items():
-                times.setdefault((threads, name, "whole program"), []).append(1e3 * program.whole_program(threads))
 
     median = {key: float(np.median(values)) for key, values in times.items()}
     for threads in all_threads:
