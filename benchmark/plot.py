@@ -3,8 +3,9 @@
     pip install -r benchmark/requirements.txt
     python benchmark/plot.py
 
-A result is called ENV__SCRIPT__SETTING__NUMBERtraj__sSEED.csv, or ...__VARIANT.csv where it was not made with the defaults. Where there are
-runs of both DiffAIL and GAIL, a further figure has the correlation of surrogate and true return.
+A result is called ENV__SCRIPT__SETTING__NUMBERtraj__sSEED.csv, or ...__VARIANT.csv where it was not made with the defaults.
+Further figures have the returns of the training episodes, and, where there are runs of both DiffAIL and GAIL, the correlation of surrogate
+and true return.
 """
 import csv
 import itertools
@@ -30,12 +31,18 @@ class Run:
 
     path: Path
     config: dict
-    columns: dict[str, np.ndarray]  # by name, one number per evaluation
+    columns: dict[str, np.ndarray]  # by name, one number per evaluation; training_return is the mean since the last one
 
     def __post_init__(self):
         self.env_id, self.script, self.setting, trajectories, seed, *variant = self.path.stem.split("__")
         self.trajectories, self.seed, self.variant = int(trajectories.removesuffix("traj")), int(seed[1:]), " ".join(variant)
         self.finished = "finished_at_step" in self.config
+        episodes = self.path.parent / "episodes" / self.path.name
+        if episodes.exists():
+            steps, returns = read_columns(episodes).values()
+            ends = self.columns["step"]
+            since = [(begin < steps) & (steps <= end) for begin, end in itertools.pairwise([0, *ends])]
+            self.columns["training_return"] = np.array([returns[rows].mean() if rows.any() else np.nan for rows in since])
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
@@ -98,21 +105,22 @@ def title(run: Run) -> str:
     return f"{run.env_id}, {run.setting}, {run.trajectories} {'trajectory' if run.trajectories == 1 else 'trajectories'}"
 
 
-def plot_returns(runs: list[Run], paper: dict, name: str):
-    """Learning curves of one environment and setting, with the expert's line and the paper's curves."""
+def plot_returns(runs: list[Run], paper: dict, column: str, name: str):
+    """Learning curves of one environment and setting, with the expert's line and, beside evaluations, the paper's curves."""
     figure, axes = plt.subplots(figsize=(7, 5.6), layout="constrained")
-    for algorithm, line in (("DiffAIL", (0, (1, 1))), ("GAIL", (0, (1, 4)))):
+    for algorithm, line in (("DiffAIL", (0, (1, 1))), ("GAIL", (0, (1, 4)))) if column == "mean_return" else ():
         steps, returns = paper_curve(paper, runs[0], algorithm)
         if len(steps):
             label = f"{algorithm} in the paper, mean of 5 seeds, smoothed"
             axes.plot(steps / 1000, returns, linestyle=line, color=GREY, lw=2.2, label=label)
     for style, (label, seeds) in zip(itertools.cycle(STYLES), groups(runs).items(), strict=False):
-        plot_group(axes, seeds, "mean_return", style, label)
+        plot_group(axes, seeds, column, style, label)
     expert = expert_return(runs[0].env_id)
     axes.axhline(expert, color="black", lw=1.2)
     where = dict(xycoords=("axes fraction", "data"), ha="right", xytext=(0, 4), textcoords="offset points", fontsize=12)
     axes.annotate(f"expert, {expert:.0f}", (1, expert), **where)
-    axes.set(xlabel="environment steps (thousands)", ylabel="return", title=title(runs[0]))
+    ylabel = "return" if column == "mean_return" else "return of training episodes"
+    axes.set(xlabel="environment steps (thousands)", ylabel=ylabel, title=title(runs[0]))
     finish(figure, axes, f"{name}.png")
 
 
@@ -157,7 +165,10 @@ def main():
     (HERE / "figures").mkdir(exist_ok=True)
     for (env_id, setting, trajectories), members in panels.items():
         name = f"{env_id}__{setting}__{trajectories}traj"
-        plot_returns(members, paper, name)
+        plot_returns(members, paper, "mean_return", name)
+        explored = [run for run in members if "training_return" in run.columns]
+        if explored:
+            plot_returns(explored, paper, "training_return", f"{name}__training")
         measured = [run for run in members if "reward_correlation" in run.columns]
         if len({run.script for run in measured}) == 2:
             plot_correlation(measured, name)
