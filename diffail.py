@@ -9,8 +9,8 @@ states x = [s, s'] with --state-only, of dimension d:
     min_phi  -E_expert[log D] - E_policy[log(1 - D)]                objective               discriminator_loss
              + lambda E[(||grad_x D(x)||_2 - 1)^2]                  gradient penalty        gradient_penalty
     R(x) = -log(1 - mean over t and d of exp(-(eps_t - eps_phi)^2)) surrogate reward        surrogate_reward
-             or, as the paper prints it, -log(1 - exp(-mean over t of L)), by --reward-form paper
-    max_pi   E[sum over k of gamma^k (R - alpha log pi)]            SAC (arXiv 1812.05905)  critic_loss, actor_loss, temperature_loss
+             or, as the paper prints it, -log(1 - exp(-mean over t of L)), by --reward-form paper; c is --reward-scale
+    max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_loss, actor_loss, temperature_loss
 
 The true reward is never learned from: it is not even stored. Evaluations print it.
 
@@ -35,6 +35,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -67,7 +68,7 @@ class Args:
     num_trajectories: int = 1  # demonstrated episodes to learn from, the first ones of the file
     seed: int = 1  # of everything random: networks, exploration, minibatches, noise, environment
 
-    # Where None stands, the released value for the environment, see ENVIRONMENT_DEFAULTS
+    # None: the released value for the environment, see ENVIRONMENT_DEFAULTS
     total_timesteps: int | None = None  # environment steps
     hidden_dim: int | None = None  # units in each of the three hidden layers of the noise predictor
     grad_penalty: float | None = None  # weight lambda of the gradient penalty
@@ -121,6 +122,7 @@ ENVIRONMENT_DEFAULTS = {
 def noise_schedule(name: str, steps: int) -> Tensor:
     """Variances beta_1 ... beta_T of the forward diffusion, float64 [steps].
 
+    x_t of the equations has index t - 1 here. With 10 linear steps alpha_bar ends at 0.9: even x_T is mostly x, and its noise hard to tell.
     linear: Ho et al. 2020; cosine: Nichol & Dhariwal 2021, eq. 17; vp: Song et al. 2021, discretised as in Xiao et al. 2022."""
     if name == "linear":
         return torch.linspace(1e-4, 2e-2, steps, dtype=torch.float64)
@@ -133,7 +135,7 @@ def noise_schedule(name: str, steps: int) -> Tensor:
 
 
 def time_embedding(steps: int, dim: int) -> Tensor:
-    """Sinusoidal embedding of t = 0 ... steps - 1, [steps, dim]: dim / 2 sines, then as many cosines (Vaswani et al. 2017)."""
+    """Sinusoidal embedding of t = 0 ... steps - 1, [steps, dim]: dim / 2 sines, then as many cosines (after Vaswani et al. 2017)."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2) / (dim // 2 - 1))
     angles = torch.arange(steps)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -152,11 +154,11 @@ class NoisePredictor(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, list]:
         """x_t [..., d] and t [...] to the predicted noise [..., d] and, for the gradient penalty, the slopes mish' of the hidden layers."""
         time = self.time_out(F.mish(self.time_in(self.time_embedding)))  # [T, 16]
-        # The first layer's input is [x_t, time[t]]. Its product with time is that of T rows, looked up: that and fewer passes in Mish
-        # took about a tenth off the reward.
+        # The first layer's input is [x_t, time[t]]. Its product with time takes T values only, which are looked up.
         first, *others = self.hidden
         weight_x, weight_time = first.weight.split([x_t.shape[-1], 16], dim=1)
-        h, slope = mish(F.linear(x_t, weight_x).add_(F.embedding(t, F.linear(time, weight_time, first.bias))))
+        bias = F.linear(time, weight_time, first.bias)  # [T, hidden_dim]
+        h, slope = mish(F.linear(x_t, weight_x).add_(F.embedding(t, bias)))  # F.embedding(t, bias) is bias[t]
         slopes = [slope]
         for layer in others:
             h, slope = mish(layer(h))
@@ -172,7 +174,7 @@ class DiffusionDiscriminator(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, diffusion_steps: int, schedule: str):
         super().__init__()
         alpha_bar = torch.cumprod(1 - noise_schedule(schedule, diffusion_steps), dim=0)
-        self.register_buffer("sqrt_alpha_bar", alpha_bar.sqrt().float()[:, None])
+        self.register_buffer("sqrt_alpha_bar", alpha_bar.sqrt().float()[:, None])  # [T, 1]
         self.register_buffer("sqrt_one_minus_alpha_bar", (1 - alpha_bar).sqrt().float()[:, None])
         self.noise_predictor = NoisePredictor(dim, hidden_dim, diffusion_steps)
 
@@ -186,11 +188,11 @@ class DiffusionDiscriminator(nn.Module):
         return prediction - noise, slopes
 
     def diffusion_loss(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """L(x, eps, t), [B]. The paper prints a squared norm; the authors' code, and so its results, take the mean over d."""
+        """L(x, eps, t), [B]. The paper prints a squared norm; the authors' code takes the mean over d."""
         return self.denoising_error(x, noise, t)[0].square().mean(-1)
 
     def forward(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """D(x, eps, t) in (0, 1], [B]."""
+        """D(x, eps, t) in (0, 1], [B]. Only for the reader: what follows goes by L, which keeps the digits that D near 1 loses."""
         return torch.exp(-self.diffusion_loss(x, noise, t))
 
     def gradient(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -199,10 +201,10 @@ class DiffusionDiscriminator(nn.Module):
         Written out, because autograd through its own gradient takes 1.6 times as long on a CPU."""
         error, slopes = self.denoising_error(x, noise, t)
         first, *others = self.noise_predictor.hidden
+        weights = [first.weight[:, : x.shape[1]], *(layer.weight for layer in others)]  # first's other columns: the time embedding
         grad = error @ self.noise_predictor.out.weight
-        for layer in reversed(others):
-            grad = (grad * slopes.pop()) @ layer.weight
-        grad = (grad * slopes.pop()) @ first.weight[:, : x.shape[1]]  # the other columns belong to the time embedding
+        for weight, slope in zip(reversed(weights), reversed(slopes)):
+            grad = (grad * slope) @ weight
         return -torch.exp(-error.square().mean(-1, keepdim=True)) * (2 / x.shape[1] * self.sqrt_alpha_bar[t] * grad)
 
     def draw(self, batch_size: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -271,7 +273,7 @@ class Mish(torch.autograd.Function):
 def mish(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """mish(x) and its slope mish'(x); where no gradient is wanted, mish(x) in the memory of x, and no slope.
 
-    F.mish and autograd would do, but on a CPU the discriminator's step takes 1.4 times as long with them, and the reward twice."""
+    F.mish and autograd would do, but are slower on a CPU."""
     if torch.is_grad_enabled():
         return Mish.apply(x)
     return x.addcdiv_(x, x.exp().add_(1).square_().add_(1), value=-2), None  # tanh(log(1 + e^x)) = 1 - 2 / ((1 + e^x)^2 + 1)
@@ -305,12 +307,12 @@ class Actor(nn.Module):
         self.net = mlp(observation_dim, hidden_dim, hidden_dim, 2 * action_dim)
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """Observations [B, obs] to the mean and the log standard deviation of u, [B, act] each."""
+        """Observations [..., obs] to the mean and the log standard deviation of u, [..., act] each."""
         mean, log_std = self.net(observations).chunk(2, dim=-1)
         return mean, log_std.clamp(-20, 2)
 
     def sample(self, observations: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Reparameterised actions [B, act] in [-1, 1], log pi(a|s) [B], mean and log_std of u (SAC, appendix C).
+        """Reparameterised actions [..., act] in [-1, 1], log pi(a|s) [...], mean and log_std of u (SAC, appendix C).
 
         log(1 - tanh(u)^2) is written 2 (log 2 - u - softplus(-2u)), which stays exact where tanh saturates."""
         mean, log_std = self(observations)
@@ -411,7 +413,8 @@ class DiffAIL(nn.Module):
         compiled = torch.compile if args.compile else lambda function: function
         self.discriminator_loss, self.gradient_penalty = compiled(discriminator_loss), compiled(gradient_penalty)
         self.surrogate_reward = compiled(surrogate_reward)
-        adam, betas = partial(torch.optim.Adam, fused=True, capturable=True), (args.sac_beta1, 0.999)  # capturable in a CUDA graph
+        adam = partial(torch.optim.Adam, fused=True, capturable=True)  # capturable in a CUDA graph
+        betas = args.sac_beta1, 0.999
         self.discriminator_optimizer = adam(self.discriminator.parameters(), lr=args.discriminator_lr)
         self.critic_optimizer = adam(self.critic.parameters(), lr=args.critic_lr, betas=betas)
         self.actor_optimizer = adam([*self.actor.parameters(), self.log_alpha], lr=args.actor_lr, betas=betas)
@@ -438,7 +441,8 @@ class DiffAIL(nn.Module):
         """Denoise the expert's samples [B, d] well, and the policy's badly."""
         noise, t = self.discriminator.draw(2 * len(expert), expert.shape[1])
         expert_loss, policy_loss = self.discriminator_loss(self.discriminator, expert, policy, noise, t)
-        loss, losses = expert_loss + policy_loss, {"expert_loss": expert_loss.detach(), "policy_loss": policy_loss.detach()}
+        loss = expert_loss + policy_loss
+        losses = {"expert_loss": expert_loss.detach(), "policy_loss": policy_loss.detach()}
         if self.args.grad_penalty > 0:
             mix = torch.rand(len(expert), 1, device=expert.device)
             penalty = self.gradient_penalty(self.discriminator, expert, policy, mix, *self.discriminator.draw(*expert.shape))
@@ -476,6 +480,7 @@ class DiffAIL(nn.Module):
         x = self.discriminator_input(*parts)
         generator = torch.Generator(x.device).manual_seed(0)
         noise = torch.randn(self.args.diffusion_steps, *x.shape, device=x.device, generator=generator)
+        # Not the compiled reward: it would be compiled anew for each length of an episode.
         return self.args.reward_scale * surrogate_reward(self.discriminator, x, noise, self.args.reward_form).sum().item()
 
 
@@ -618,7 +623,7 @@ def describe_run(args: Args, device: torch.device) -> dict:
         commit = "unknown"
     return {
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()},
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in (torch, gym, mujoco, np)},
@@ -626,7 +631,7 @@ def describe_run(args: Args, device: torch.device) -> dict:
 
 
 def catch_stop_signals() -> list[int]:
-    """A list that gets SIGTERM or SIGINT (Ctrl-C) when it comes, in place of the end of the program; the second one ends it at once."""
+    """Catch SIGTERM and SIGINT (Ctrl-C): the first goes into the list that is returned, the second ends the program at once."""
     caught = []
 
     def handler(number: int, _):
@@ -641,7 +646,7 @@ def catch_stop_signals() -> list[int]:
 
 
 def check_finite(values: dict[str, Tensor], step: int):
-    """Exit with code 1 where a loss, reward or parameter is no longer finite: the last checkpoint was, and is kept."""
+    """Exit with code 1 where a loss, reward or parameter is no longer finite. The last checkpoint, in which all was finite, is kept."""
     for name, value in values.items():
         if not torch.isfinite(value).all():
             print(f"{Path(sys.argv[0]).name}: {name} is not finite at step {step}; the last checkpoint is kept", file=sys.stderr)
@@ -693,11 +698,11 @@ def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym
     """Read the first `num_trajectories` episodes of an .npz file written by sac_baseline.py.
 
     Exits with code 2 where the file is missing, broken, not finite, of another environment, or holds too few episodes."""
-    box, bounds = env.observation_space.shape, env.unwrapped.action_space
+    obs_shape, action_space = env.observation_space.shape, env.unwrapped.action_space
     try:
         with np.load(path, allow_pickle=False) as file:
             n = file["rewards"].size
-            expected = {"observations": (n, *box), "actions": (n, *bounds.shape), "next_observations": (n, *box)}
+            expected = {"observations": (n, *obs_shape), "actions": (n, *action_space.shape), "next_observations": (n, *obs_shape)}
             expected |= {"rewards": (n,), "terminations": (n,), "truncations": (n,)}
             data, metadata = {name: file[name] for name in expected}, json.loads(file["metadata"].item())
             recorded_env_id, expert_return = str(metadata["env_id"]), float(np.mean(metadata["returns"]))
@@ -715,7 +720,7 @@ def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym
             fail(f"{path}: {name} is {data[name].dtype} {data[name].shape}; {env_id} asks for {dtype} {shape}, and at least one transition")
         if not np.isfinite(data[name]).all():
             fail(f"{path}: {name} has values that are not finite")
-    if (data["actions"] < bounds.low - 1e-5).any() or (data["actions"] > bounds.high + 1e-5).any():
+    if (data["actions"] < action_space.low - 1e-5).any() or (data["actions"] > action_space.high + 1e-5).any():
         fail(f"{path}: some actions are outside the bounds of {env_id}")
     if not math.isfinite(expert_return):
         fail(f"{path}: the expert's mean return in the metadata is {expert_return}")
@@ -749,9 +754,9 @@ def main(args: Args):
         fail("--compile needs a C++ compiler, g++ or the one that CXX names, and there is none")
     device = torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda")
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # dead units leave denormal moments in Adam; arithmetic on those is 30 times slower
+    torch.set_flush_denormal(True)  # dead units leave denormal moments in Adam; arithmetic on those is many times slower
     torch.manual_seed(args.seed)
-    env = make_env(args.env_id)
+    env = make_env(args.env_id)  # for its spaces; observations are scaled once the demonstrations are known
     (observation_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
     demos_path = args.demos or Path(__file__).parent / "demos" / f"{args.env_id}.npz"
     demos = load_demonstrations(demos_path, args.env_id, args.num_trajectories, env)
@@ -803,7 +808,7 @@ def main(args: Args):
         save_checkpoint(checkpoint_path, learned, buffer, config, **counters)
 
     for step in range(start + 1, args.total_timesteps + 1):
-        # Act and learn, then step the environment: on a GPU the update has only been queued by then, and both go on at a time.
+        # Act and learn, then step the environment: on a GPU the update is only queued by then, and both work at the same time.
         if step <= args.learning_starts:
             action = (2 * torch.rand(action_dim) - 1).numpy()
         else:
@@ -843,32 +848,33 @@ def main(args: Args):
             share = share_of_expert(mean_return, demos.expert_return)
             progress.write(f"{step:>9,} steps: return {mean_return:8.1f} ± {std_return:6.1f}, {share}")
             progress.set_postfix_str(f"return {mean_return:.0f}, {share}")
-        if done and (stop or step - last_checkpoint >= args.checkpoint_every):
+        if done and step < args.total_timesteps and (stop or step - last_checkpoint >= args.checkpoint_every):
             checkpoint(step)
             last_checkpoint = step
-            if stop and step < args.total_timesteps:
+            if stop:
                 progress.close()
                 writer.close()
                 print(f"{run_dir}: stopped at step {step:,}; the same command with --resume goes on from there", file=sys.stderr)
                 raise SystemExit(128 + stop[0])
 
-    # The end: policy, checkpoint, summary.
+    # The end: policy, summary, and last the checkpoint, which tells --resume that all of it is there.
     progress.close()
     writer.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    checkpoint(step)
+    check_finite(losses | agent.state_dict(), step)
     policy = {"actor": agent.actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}
     policy |= {"observation_mean": torch.from_numpy(mean), "observation_std": torch.from_numpy(std)}
     write_file(run_dir / "policy.pt", lambda file: torch.save(policy, file))
-    config |= {"finished_at_step": step, "wall_time_seconds": round(time.perf_counter() - clock), "expert_return": demos.expert_return}
-    write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
-    print(f"{run_dir}: {step:,} steps in {config['wall_time_seconds'] / 60:.1f} minutes")
+    finished = {"finished_at_step": step, "wall_time_seconds": round(time.perf_counter() - clock), "expert_return": demos.expert_return}
+    write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config | finished, indent=2).encode()))
+    checkpoint(step)
+    print(f"{run_dir}: {step:,} steps in {finished['wall_time_seconds'] / 60:.1f} minutes")
     if evaluations:
         returns = np.array([row["mean_return"] for row in evaluations])
         best, final = returns.max(), returns[-5:].mean()
         print(f"best return {best:.1f}, {share_of_expert(best, demos.expert_return)}")
-        print(f"final return {final:.1f}, {share_of_expert(final, demos.expert_return)} (mean of the last five evaluations)")
+        print(f"final return {final:.1f}, {share_of_expert(final, demos.expert_return)} (mean of the last {len(returns[-5:])} evaluations)")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ arXiv 1807.06158). For x = [s, a], or the pair of states x = [s, s'] with --stat
     min_f    -E_expert[log D] - E_policy[log(1 - D)]                objective               binary_cross_entropy
              + lambda E[(||grad_x f(x)||_2 - 1)^2]                  gradient penalty        logit_gradient_penalty
     R(x) = log D(x)                                                 surrogate reward        gail_reward
-             or, as more usual, -log(1 - D(x)), by --reward-form paper
-    max_pi   E[sum over k of gamma^k (R - alpha log pi)]            SAC (arXiv 1812.05905)  critic_loss, actor_loss, temperature_loss
+             or, as more usual, -log(1 - D(x)), by --reward-form paper; c is --reward-scale
+    max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_loss, actor_loss, temperature_loss
 
-`diff gail_baseline.py diffail.py` shows what DiffAIL changes, and nothing else. The hyperparameters are the DiffAIL authors' for GAIL.
+`diff gail_baseline.py diffail.py` shows what DiffAIL changes: discriminator, reward, their hyperparameters (here those of DiffAIL's authors
+for GAIL), and --compile.
 
     python gail_baseline.py --env-id HalfCheetah-v4
 """
@@ -33,6 +34,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -64,7 +66,7 @@ class Args:
     num_trajectories: int = 1  # demonstrated episodes to learn from, the first ones of the file
     seed: int = 1  # of everything random: networks, exploration, minibatches, noise, environment
 
-    # Where None stands, the released value for the environment, see ENVIRONMENT_DEFAULTS
+    # None: the released value for the environment, see ENVIRONMENT_DEFAULTS
     total_timesteps: int | None = None  # environment steps
     grad_penalty: float | None = None  # weight lambda of the gradient penalty
     normalize_observations: bool | None = None  # by the mean and standard deviation of the demonstrations in use
@@ -174,12 +176,12 @@ class Actor(nn.Module):
         self.net = mlp(observation_dim, hidden_dim, hidden_dim, 2 * action_dim)
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """Observations [B, obs] to the mean and the log standard deviation of u, [B, act] each."""
+        """Observations [..., obs] to the mean and the log standard deviation of u, [..., act] each."""
         mean, log_std = self.net(observations).chunk(2, dim=-1)
         return mean, log_std.clamp(-20, 2)
 
     def sample(self, observations: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Reparameterised actions [B, act] in [-1, 1], log pi(a|s) [B], mean and log_std of u (SAC, appendix C).
+        """Reparameterised actions [..., act] in [-1, 1], log pi(a|s) [...], mean and log_std of u (SAC, appendix C).
 
         log(1 - tanh(u)^2) is written 2 (log 2 - u - softplus(-2u)), which stays exact where tanh saturates."""
         mean, log_std = self(observations)
@@ -277,7 +279,8 @@ class GAIL(nn.Module):
         self.target_critic = copy.deepcopy(self.critic)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.initial_temperature)))
         self.to(device)
-        adam, betas = partial(torch.optim.Adam, fused=True, capturable=True), (args.sac_beta1, 0.999)  # capturable in a CUDA graph
+        adam = partial(torch.optim.Adam, fused=True, capturable=True)  # capturable in a CUDA graph
+        betas = args.sac_beta1, 0.999
         self.discriminator_optimizer = adam(self.discriminator.parameters(), lr=args.discriminator_lr)
         self.critic_optimizer = adam(self.critic.parameters(), lr=args.critic_lr, betas=betas)
         self.actor_optimizer = adam([*self.actor.parameters(), self.log_alpha], lr=args.actor_lr, betas=betas)
@@ -480,7 +483,7 @@ def describe_run(args: Args, device: torch.device) -> dict:
         commit = "unknown"
     return {
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()},
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in (torch, gym, mujoco, np)},
@@ -488,7 +491,7 @@ def describe_run(args: Args, device: torch.device) -> dict:
 
 
 def catch_stop_signals() -> list[int]:
-    """A list that gets SIGTERM or SIGINT (Ctrl-C) when it comes, in place of the end of the program; the second one ends it at once."""
+    """Catch SIGTERM and SIGINT (Ctrl-C): the first goes into the list that is returned, the second ends the program at once."""
     caught = []
 
     def handler(number: int, _):
@@ -503,7 +506,7 @@ def catch_stop_signals() -> list[int]:
 
 
 def check_finite(values: dict[str, Tensor], step: int):
-    """Exit with code 1 where a loss, reward or parameter is no longer finite: the last checkpoint was, and is kept."""
+    """Exit with code 1 where a loss, reward or parameter is no longer finite. The last checkpoint, in which all was finite, is kept."""
     for name, value in values.items():
         if not torch.isfinite(value).all():
             print(f"{Path(sys.argv[0]).name}: {name} is not finite at step {step}; the last checkpoint is kept", file=sys.stderr)
@@ -555,11 +558,11 @@ def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym
     """Read the first `num_trajectories` episodes of an .npz file written by sac_baseline.py.
 
     Exits with code 2 where the file is missing, broken, not finite, of another environment, or holds too few episodes."""
-    box, bounds = env.observation_space.shape, env.unwrapped.action_space
+    obs_shape, action_space = env.observation_space.shape, env.unwrapped.action_space
     try:
         with np.load(path, allow_pickle=False) as file:
             n = file["rewards"].size
-            expected = {"observations": (n, *box), "actions": (n, *bounds.shape), "next_observations": (n, *box)}
+            expected = {"observations": (n, *obs_shape), "actions": (n, *action_space.shape), "next_observations": (n, *obs_shape)}
             expected |= {"rewards": (n,), "terminations": (n,), "truncations": (n,)}
             data, metadata = {name: file[name] for name in expected}, json.loads(file["metadata"].item())
             recorded_env_id, expert_return = str(metadata["env_id"]), float(np.mean(metadata["returns"]))
@@ -577,7 +580,7 @@ def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym
             fail(f"{path}: {name} is {data[name].dtype} {data[name].shape}; {env_id} asks for {dtype} {shape}, and at least one transition")
         if not np.isfinite(data[name]).all():
             fail(f"{path}: {name} has values that are not finite")
-    if (data["actions"] < bounds.low - 1e-5).any() or (data["actions"] > bounds.high + 1e-5).any():
+    if (data["actions"] < action_space.low - 1e-5).any() or (data["actions"] > action_space.high + 1e-5).any():
         fail(f"{path}: some actions are outside the bounds of {env_id}")
     if not math.isfinite(expert_return):
         fail(f"{path}: the expert's mean return in the metadata is {expert_return}")
@@ -609,9 +612,9 @@ def main(args: Args):
         fail("--device cuda: PyTorch sees no CUDA device; use --device cpu")
     device = torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda")
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # dead units leave denormal moments in Adam; arithmetic on those is 30 times slower
+    torch.set_flush_denormal(True)  # dead units leave denormal moments in Adam; arithmetic on those is many times slower
     torch.manual_seed(args.seed)
-    env = make_env(args.env_id)
+    env = make_env(args.env_id)  # for its spaces; observations are scaled once the demonstrations are known
     (observation_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
     demos_path = args.demos or Path(__file__).parent / "demos" / f"{args.env_id}.npz"
     demos = load_demonstrations(demos_path, args.env_id, args.num_trajectories, env)
@@ -663,7 +666,7 @@ def main(args: Args):
         save_checkpoint(checkpoint_path, learned, buffer, config, **counters)
 
     for step in range(start + 1, args.total_timesteps + 1):
-        # Act and learn, then step the environment: on a GPU the update has only been queued by then, and both go on at a time.
+        # Act and learn, then step the environment: on a GPU the update is only queued by then, and both work at the same time.
         if step <= args.learning_starts:
             action = (2 * torch.rand(action_dim) - 1).numpy()
         else:
@@ -703,32 +706,33 @@ def main(args: Args):
             share = share_of_expert(mean_return, demos.expert_return)
             progress.write(f"{step:>9,} steps: return {mean_return:8.1f} ± {std_return:6.1f}, {share}")
             progress.set_postfix_str(f"return {mean_return:.0f}, {share}")
-        if done and (stop or step - last_checkpoint >= args.checkpoint_every):
+        if done and step < args.total_timesteps and (stop or step - last_checkpoint >= args.checkpoint_every):
             checkpoint(step)
             last_checkpoint = step
-            if stop and step < args.total_timesteps:
+            if stop:
                 progress.close()
                 writer.close()
                 print(f"{run_dir}: stopped at step {step:,}; the same command with --resume goes on from there", file=sys.stderr)
                 raise SystemExit(128 + stop[0])
 
-    # The end: policy, checkpoint, summary.
+    # The end: policy, summary, and last the checkpoint, which tells --resume that all of it is there.
     progress.close()
     writer.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    checkpoint(step)
+    check_finite(losses | agent.state_dict(), step)
     policy = {"actor": agent.actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}
     policy |= {"observation_mean": torch.from_numpy(mean), "observation_std": torch.from_numpy(std)}
     write_file(run_dir / "policy.pt", lambda file: torch.save(policy, file))
-    config |= {"finished_at_step": step, "wall_time_seconds": round(time.perf_counter() - clock), "expert_return": demos.expert_return}
-    write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
-    print(f"{run_dir}: {step:,} steps in {config['wall_time_seconds'] / 60:.1f} minutes")
+    finished = {"finished_at_step": step, "wall_time_seconds": round(time.perf_counter() - clock), "expert_return": demos.expert_return}
+    write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config | finished, indent=2).encode()))
+    checkpoint(step)
+    print(f"{run_dir}: {step:,} steps in {finished['wall_time_seconds'] / 60:.1f} minutes")
     if evaluations:
         returns = np.array([row["mean_return"] for row in evaluations])
         best, final = returns.max(), returns[-5:].mean()
         print(f"best return {best:.1f}, {share_of_expert(best, demos.expert_return)}")
-        print(f"final return {final:.1f}, {share_of_expert(final, demos.expert_return)} (mean of the last five evaluations)")
+        print(f"final return {final:.1f}, {share_of_expert(final, demos.expert_return)} (mean of the last {len(returns[-5:])} evaluations)")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -99,12 +100,12 @@ class Actor(nn.Module):
         self.net = mlp(observation_dim, hidden_dim, hidden_dim, 2 * action_dim)
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """Observations [B, obs] to the mean and the log standard deviation of u, [B, act] each."""
+        """Observations [..., obs] to the mean and the log standard deviation of u, [..., act] each."""
         mean, log_std = self.net(observations).chunk(2, dim=-1)
         return mean, log_std.clamp(-20, 2)
 
     def sample(self, observations: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Reparameterised actions [B, act] in [-1, 1], log pi(a|s) [B], mean and log_std of u (SAC, appendix C).
+        """Reparameterised actions [..., act] in [-1, 1], log pi(a|s) [...], mean and log_std of u (SAC, appendix C).
 
         log(1 - tanh(u)^2) is written 2 (log 2 - u - softplus(-2u)), which stays exact where tanh saturates."""
         mean, log_std = self(observations)
@@ -352,7 +353,7 @@ def describe_run(args: Args, device: torch.device) -> dict:
         commit = "unknown"
     return {
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()},
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in (torch, gym, mujoco, np)},
@@ -360,7 +361,7 @@ def describe_run(args: Args, device: torch.device) -> dict:
 
 
 def catch_stop_signals() -> list[int]:
-    """A list that gets SIGTERM or SIGINT (Ctrl-C) when it comes, in place of the end of the program; the second one ends it at once."""
+    """Catch SIGTERM and SIGINT (Ctrl-C): the first goes into the list that is returned, the second ends the program at once."""
     caught = []
 
     def handler(number: int, _):
@@ -375,7 +376,7 @@ def catch_stop_signals() -> list[int]:
 
 
 def check_finite(values: dict[str, Tensor], step: int):
-    """Exit with code 1 where a loss, reward or parameter is no longer finite: the last checkpoint was, and is kept."""
+    """Exit with code 1 where a loss, reward or parameter is no longer finite. The last checkpoint, in which all was finite, is kept."""
     for name, value in values.items():
         if not torch.isfinite(value).all():
             print(f"{Path(sys.argv[0]).name}: {name} is not finite at step {step}; the last checkpoint is kept", file=sys.stderr)
@@ -456,7 +457,7 @@ def main(args: Args):
         fail("--device cuda: PyTorch sees no CUDA device; use --device cpu")
     device = torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda")
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # dead units leave denormal moments in Adam; arithmetic on those is 30 times slower
+    torch.set_flush_denormal(True)  # dead units leave denormal moments in Adam; arithmetic on those is many times slower
     torch.manual_seed(args.seed)
     if args.save_demos:
         check_new(args.save_demos)
@@ -501,7 +502,7 @@ def main(args: Args):
         save_checkpoint(checkpoint_path, learned, buffer, config, **counters)
 
     for step in range(start + 1, args.total_timesteps + 1):
-        # Act and learn, then step the environment: on a GPU the update has only been queued by then, and both go on at a time.
+        # Act and learn, then step the environment: on a GPU the update is only queued by then, and both work at the same time.
         if step <= args.learning_starts:
             action = (2 * torch.rand(action_dim) - 1).numpy()
         else:
@@ -540,30 +541,31 @@ def main(args: Args):
             progress.set_postfix_str(f"return {mean_return:.0f}")
             if args.target_return is not None and mean_return >= args.target_return:
                 break
-        if done and (stop or step - last_checkpoint >= args.checkpoint_every):
+        if done and step < args.total_timesteps and (stop or step - last_checkpoint >= args.checkpoint_every):
             checkpoint(step)
             last_checkpoint = step
-            if stop and step < args.total_timesteps:
+            if stop:
                 progress.close()
                 writer.close()
                 print(f"{run_dir}: stopped at step {step:,}; the same command with --resume goes on from there", file=sys.stderr)
                 raise SystemExit(128 + stop[0])
 
-    # The end: policy, checkpoint, summary, demonstrations.
+    # The end: policy, summary, and last the checkpoint, which tells --resume that all of it is there; then the demonstrations.
     progress.close()
     writer.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    checkpoint(step)
+    check_finite(losses | agent.state_dict(), step)
     policy = {"actor": agent.actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}
     policy |= {"observation_mean": torch.zeros(observation_dim), "observation_std": torch.ones(observation_dim)}
     write_file(run_dir / "policy.pt", lambda file: torch.save(policy, file))
-    config |= {"finished_at_step": step, "wall_time_seconds": round(time.perf_counter() - clock)}
-    write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
-    print(f"{run_dir}: {step:,} steps in {config['wall_time_seconds'] / 60:.1f} minutes")
+    finished = {"finished_at_step": step, "wall_time_seconds": round(time.perf_counter() - clock)}
+    write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config | finished, indent=2).encode()))
+    checkpoint(step)
+    print(f"{run_dir}: {step:,} steps in {finished['wall_time_seconds'] / 60:.1f} minutes")
     returns = np.array([row["mean_return"] for row in evaluations])
     if evaluations:
-        print(f"best return {returns.max():.1f}, final return {returns[-5:].mean():.1f} (mean of the last five evaluations)")
+        print(f"best return {returns.max():.1f}, final return {returns[-5:].mean():.1f} (mean of the last {len(returns[-5:])} evaluations)")
     if args.target_return is not None and not (returns[-1:] >= args.target_return).any():
         print(f"no evaluation reached --target-return {args.target_return}: nothing was recorded")
         raise SystemExit(1)

@@ -1151,6 +1151,33 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint(tmp_path):
     assert full.returncode == 2 and "File too large" in full.stderr and full.stderr.count("\n") == 1  # TensorBoard's file
 
 
+@pytest.mark.parametrize("module", [diffail, gail_baseline, sac_baseline], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("file", ["policy.pt", "config.json"])
+def test_a_run_that_dies_while_it_finishes_is_finished_by_resume(module, file, tmp_path, monkeypatch, capsys):
+    args = dict(**SMALL, total_timesteps=80, checkpoint_every=20, output_dir=tmp_path / "runs")
+    if module is not sac_baseline:
+        args |= {"demos": corridor_demos(tmp_path / "demos.npz"), "hidden_dim": 8}
+    write_file, written = module.write_file, []
+
+    def dies(path, write):
+        written.append(path.name)
+        if path.name == file and "policy.pt" in written:
+            raise SystemExit(1)
+        write_file(path, write)
+
+    monkeypatch.setattr(module, "write_file", dies)
+    with pytest.raises(SystemExit):
+        module.main(module.Args(**args))
+    monkeypatch.undo()
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert (run_dir / "checkpoint.pt").exists()
+    module.main(module.Args(**args, resume=True))
+    assert "has finished" not in capsys.readouterr().out
+    assert (run_dir / "policy.pt").exists() and json.loads((run_dir / "config.json").read_text())["finished_at_step"] == 80
+    module.main(module.Args(**args, resume=True))
+    assert "has finished" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "what, message",
     [

@@ -14,6 +14,7 @@ import contextlib
 import csv
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -172,13 +173,17 @@ def seconds_per_call(functions: dict, calls: int, device: torch.device) -> dict:
 
 
 def peak_memory(script: str, device: str, options: dict) -> float:
-    """MiB that a run of the script takes at most, as the system counts it."""
+    """MiB of memory, not the GPU's, that a run of the script takes at most; Linux only."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / f"{script}.py", "--env-id", ENV_ID, "--device", device, "--output-dir", folder]
         command += [f"--{name.replace('_', '-')}" for name in options]
         command += ["--learning-starts", "300", "--total-timesteps", "400", "--eval-every", "1000"]
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        return os.wait4(process.pid, 0)[2].ru_maxrss / 1024
+        process, peak = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
+        while process.poll() is None:  # VmHWM is the peak so far; what wait4 reports has this process in it, from before the exec
+            sizes = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+            peak = max([peak, *map(int, sizes)])
+            time.sleep(0.05)
+        return peak / 1024
 
 
 def main():
