@@ -4,11 +4,13 @@
     python benchmark/collect.py runs/HalfCheetah-v4__diffail__state-only__1traj__s1
     python benchmark/collect.py --variant paper-reward runs-paper/HalfCheetah-v4__diffail__state-only__1traj__s1
 
-Writes NAME.csv, NAME.json and episodes/NAME.csv, NAME being that of the run directory, and of the variant where the run was not made with
-the defaults. `episodes` has the step and the return of each training episode, out of TensorBoard's files: there the policy explores, and in
-evaluations it does not. To be run again as a run goes on; the results of another run under that name are left alone.
+Writes NAME.csv, NAME.json and training/NAME.csv, NAME being that of the run directory, and of the variant where the run was not made with
+the defaults. `training` has, out of TensorBoard's files, the losses, temperature, entropy, and the returns of the training episodes, in which
+the policy explores, as in evaluations it does not. To be run again as a run goes on; the results of another run under that name are left
+alone.
 """
 import argparse
+import csv
 import json
 import shutil
 import sys
@@ -25,15 +27,17 @@ def what_it_is(config: dict) -> tuple[str, dict]:
     return config["commit"], {name: value for name, value in config["args"].items() if name not in MAY_DIFFER}
 
 
-def training_returns(run_dir: Path) -> dict[int, float]:
-    """Return of each training episode, by the step at its end. Of several files, each holds from where it begins."""
-    returns = {}
+def training_scalars(run_dir: Path) -> dict[str, dict[int, float]]:
+    """By name and step, the returns of the training episodes and the losses. Of several files, each holds from where it begins."""
+    scalars = {}
     for path in sorted(run_dir.glob("events.out.tfevents.*")):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
-        if "charts/episodic_return" in events.Tags()["scalars"]:
-            scalars = events.Scalars("charts/episodic_return")
-            returns = {step: value for step, value in returns.items() if step < scalars[0].step} | {s.step: s.value for s in scalars}
-    return returns
+        for tag in events.Tags()["scalars"]:
+            if tag == "charts/episodic_return" or tag.startswith("losses/"):
+                new = {event.step: event.value for event in events.Scalars(tag)}
+                old = scalars.get(tag.split("/")[1], {})
+                scalars[tag.split("/")[1]] = {step: value for step, value in old.items() if step < min(new)} | new
+    return scalars
 
 
 def main():
@@ -46,13 +50,15 @@ def main():
         config, target = json.loads((run_dir / "config.json").read_text()), RESULTS / f"{name}.json"
         if target.exists() and what_it_is(json.loads(target.read_text())) != what_it_is(config):
             sys.exit(f"collect.py: {target} is of a run with other arguments or of another commit, and is left as it is")
-        returns = training_returns(run_dir)
-        shutil.copyfile(run_dir / "config.json", target)
+        scalars = training_scalars(run_dir)
+        steps = sorted(set().union(*scalars.values()))
+        rows = [["step", *scalars], *([step, *(f"{x[step]:.4g}" if step in x else "" for x in scalars.values())] for step in steps)]
         shutil.copyfile(run_dir / "evaluations.csv", RESULTS / f"{name}.csv")
-        lines = ["step,return", *(f"{step},{value:.3f}" for step, value in sorted(returns.items()))]
-        (RESULTS / "episodes").mkdir(exist_ok=True)
-        (RESULTS / "episodes" / f"{name}.csv").write_text("\n".join(lines) + "\n")
-        print(f"{RESULTS / name}.csv: {len(returns)} training episodes")
+        shutil.copyfile(run_dir / "config.json", target)
+        (RESULTS / "training").mkdir(exist_ok=True)
+        with open(RESULTS / "training" / f"{name}.csv", "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+        print(f"{RESULTS / name}.csv, up to step {steps[-1]}")
 
 
 if __name__ == "__main__":

@@ -37,10 +37,10 @@ class Run:
         self.env_id, self.script, self.setting, trajectories, seed, *variant = self.path.stem.split("__")
         self.trajectories, self.seed, self.variant = int(trajectories.removesuffix("traj")), int(seed[1:]), " ".join(variant)
         self.finished = "finished_at_step" in self.config
-        episodes = self.path.parent / "episodes" / self.path.name
-        if episodes.exists():
-            steps, returns = read_columns(episodes).values()
-            ends = self.columns["step"]
+        training = self.path.parent / "training" / self.path.name
+        if training.exists():
+            columns, ends = read_columns(training), self.columns["step"]
+            steps, returns = (columns[name][~np.isnan(columns["episodic_return"])] for name in ("step", "episodic_return"))
             since = [(begin < steps) & (steps <= end) for begin, end in itertools.pairwise([0, *ends])]
             self.columns["training_return"] = np.array([returns[rows].mean() if rows.any() else np.nan for rows in since])
 
@@ -49,7 +49,7 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
     """The columns of a CSV, as numbers where they are."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    columns = {name: np.array([row[name] or "nan" for row in rows]) for name in rows[0]}
     return {name: column if name in ("env", "setting", "algorithm") else column.astype(float) for name, column in columns.items()}
 
 
