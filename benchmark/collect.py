@@ -5,9 +5,9 @@
     python benchmark/collect.py --variant paper-reward runs-paper/HalfCheetah-v4__diffail__state-only__1traj__s1
 
 Writes NAME.csv, NAME.json and training/NAME.csv, NAME being that of the run directory, and of the variant where the run was not made with
-the defaults. `training` has, out of TensorBoard's files, the losses, temperature, entropy, and the returns of the training episodes, in which
-the policy explores, as in evaluations it does not. To be run again as a run goes on; the results of another run under that name are left
-alone.
+the defaults. `training` has, out of TensorBoard's files, the losses, temperature, entropy, and the returns of the training episodes, in
+which the policy explores, as in evaluations it does not. To be run again as a run goes on; the results of another run under that name are
+left alone.
 """
 import argparse
 import csv
