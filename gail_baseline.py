@@ -70,6 +70,7 @@ class Args:
     total_timesteps: int | None = None  # environment steps
     grad_penalty: float | None = None  # weight lambda of the gradient penalty
     normalize_observations: bool | None = None  # by the mean and standard deviation of the demonstrations in use
+    ignore_terminations: bool | None = None  # in training, go on to the time limit where the task ends, as after a fall
 
     # Discriminator and surrogate reward
     hidden_dim: int = 128  # units in each of the two hidden layers of the discriminator
@@ -105,10 +106,10 @@ class Args:
 # The released hyperparameters by body, with the paper's 500,000 steps for Ant (released: 1,000,000), and for Walker2d the first of the
 # two weights that are listed (0.5 and 10). Others get HalfCheetah's.
 ENVIRONMENT_DEFAULTS = {
-    "HalfCheetah": dict(total_timesteps=500_000, grad_penalty=4.0, normalize_observations=False),
-    "Hopper": dict(total_timesteps=750_000, grad_penalty=4.0, normalize_observations=True),
-    "Walker2d": dict(total_timesteps=750_000, grad_penalty=0.5, normalize_observations=False),
-    "Ant": dict(total_timesteps=500_000, grad_penalty=4.0, normalize_observations=False),
+    "HalfCheetah": dict(total_timesteps=500_000, grad_penalty=4.0, normalize_observations=False, ignore_terminations=False),
+    "Hopper": dict(total_timesteps=750_000, grad_penalty=4.0, normalize_observations=True, ignore_terminations=True),
+    "Walker2d": dict(total_timesteps=750_000, grad_penalty=0.5, normalize_observations=False, ignore_terminations=True),
+    "Ant": dict(total_timesteps=500_000, grad_penalty=4.0, normalize_observations=False, ignore_terminations=True),
 }
 
 
@@ -658,7 +659,7 @@ def main(args: Args):
     losses, stop = {}, catch_stop_signals()
     progress = tqdm(total=args.total_timesteps, initial=start, unit=" steps", disable=None, dynamic_ncols=True)
     observation, _ = env.reset(seed=episode_seed(args.seed, TRAINING, episode))
-    episode_return, episode_length, last_checkpoint, clock = 0.0, 0, start, time.perf_counter() - wall_time
+    episode_return, episode_length, fallen, last_checkpoint, clock = 0.0, 0, False, start, time.perf_counter() - wall_time
 
     def checkpoint(step: int):
         check_finite(losses | agent.state_dict(), step)
@@ -684,12 +685,14 @@ def main(args: Args):
         buffer.add(observation, action, next_observation)
         observation = next_observation
 
-        done = terminated or truncated
-        episode_return, episode_length = episode_return + float(reward), episode_length + 1
+        if not fallen:  # what comes after a fall is learned from, but no part of the return
+            episode_return, episode_length = episode_return + float(reward), episode_length + 1
+        fallen = fallen or terminated
+        done = truncated or (fallen and not args.ignore_terminations)
         if done:
             writer.add_scalar("charts/episodic_return", episode_return, step)
             writer.add_scalar("charts/episodic_length", episode_length, step)
-            episode, episode_return, episode_length = episode + 1, 0.0, 0
+            episode, episode_return, episode_length, fallen = episode + 1, 0.0, 0, False
             observation, _ = env.reset(seed=episode_seed(args.seed, TRAINING, episode))
         progress.update()
 

@@ -26,6 +26,7 @@ import torch
 import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 from torch.nn import functional as F
@@ -590,11 +591,20 @@ class Corridor(gym.Env):
         return self.observation(), 7.0, end and not odd, end and odd, {}
 
 
+class Fall(Corridor):
+    """Terminates from the third step on, which a time limit of six steps does not know of."""
+
+    def step(self, action):
+        observation, reward, *_ = super().step(action)
+        return observation, reward, self.position >= 3, False, {}
+
+
 def spaces_only(observation_space: gym.Space, action_space: gym.Space) -> type[gym.Env]:
     return type("SpacesOnly", (gym.Env,), {"observation_space": observation_space, "action_space": action_space})
 
 
 gym.register("Corridor-v0", entry_point=Corridor)
+gym.register("Fall-v0", entry_point=Fall, max_episode_steps=6)
 BOX = gym.spaces.Box(-1, 1, (2,))
 gym.register("Dict-v0", entry_point=spaces_only(gym.spaces.Dict(position=BOX), BOX))
 gym.register("Image-v0", entry_point=spaces_only(gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), BOX))
@@ -603,7 +613,7 @@ gym.register("Whole-v0", entry_point=spaces_only(BOX, gym.spaces.Box(0, 5, (2,),
 SMALL = dict(env_id="Corridor-v0", learning_starts=20, batch_size=64, buffer_size=500, sac_hidden_dim=8, eval_every=50, eval_episodes=2)
 
 
-def corridor_demos(path: Path, episodes: int = 3) -> Path:
+def corridor_demos(path: Path, episodes: int = 3, env_id: str = "Corridor-v0") -> Path:
     """A demonstration file for Corridor-v0, written with numpy alone."""
     n = 5 * episodes
     position = np.tile(np.arange(5), episodes)
@@ -615,7 +625,7 @@ def corridor_demos(path: Path, episodes: int = 3) -> Path:
         rewards=np.full(n, 7, np.float32),
         terminations=(position == 4) & (parity == 0),
         truncations=(position == 4) & (parity == 1),
-        metadata=json.dumps({"env_id": "Corridor-v0", "returns": [35.0] * episodes}),
+        metadata=json.dumps({"env_id": env_id, "returns": [35.0] * episodes}),
     )
     np.savez(path, **arrays)
     return path
@@ -656,6 +666,22 @@ def test_imitation_bootstraps_through_every_end_and_never_sees_the_reward(script
     script.main(script.Args(**args | {"output_dir": tmp_path / "other-reward"}))
     assert all(torch.equal(a, b[7]) for a, b in zip(surrogate_rewards, again))  # another true reward, the same surrogate rewards
     assert "35.000" in evaluations and "-45.000" in next((tmp_path / "other-reward").glob("*/evaluations.csv")).read_text()
+
+
+@pytest.mark.parametrize("script", [diffail, gail_baseline])
+@pytest.mark.parametrize("ignore, last", [(False, 3), (True, 6)])
+def test_training_goes_on_after_a_fall_where_it_is_told_to(script, ignore, last, tmp_path):
+    args = dict(**SMALL | {"env_id": "Fall-v0"}, total_timesteps=120, demos=corridor_demos(tmp_path / "demos.npz", env_id="Fall-v0"))
+    script.main(script.Args(**args, hidden_dim=8, ignore_terminations=ignore, output_dir=tmp_path / "runs"))
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    positions = torch.load(run_dir / "checkpoint.pt", weights_only=True)["rows"][:, 3]  # of [observation, action, next_observation]
+    assert torch.equal(positions, (torch.arange(120) % last + 1).float())
+    events = EventAccumulator(str(run_dir)).Reload()
+    for tag, value in {"charts/episodic_return": 21, "charts/episodic_length": 3}.items():  # up to the fall
+        scalars = events.Scalars(tag)
+        assert [scalar.step for scalar in scalars] == list(range(last, 121, last)) and {scalar.value for scalar in scalars} == {value}
+    with open(run_dir / "evaluations.csv", newline="") as file:
+        assert {row["mean_length"] for row in csv.DictReader(file)} == {"3.000"}  # evaluations end where the task does
 
 
 def test_actions_are_scaled_to_the_bounds_and_back(tmp_path):
@@ -740,11 +766,11 @@ def test_a_coordinate_that_never_moves_is_only_centred(tmp_path):
 @pytest.mark.parametrize(
     "env_id, expected",
     [
-        ("HalfCheetah-v4", (500_000, 0.1, 128, False)),
-        ("Hopper-v4", (750_000, 0.0, 256, True)),
-        ("Walker2d-v5", (750_000, 0.001, 128, True)),
-        ("Ant-v4", (500_000, 0.1, 128, False)),
-        ("InvertedPendulum-v4", (500_000, 0.1, 128, False)),
+        ("HalfCheetah-v4", (500_000, 0.1, 128, False, False)),
+        ("Hopper-v4", (750_000, 0.0, 256, True, True)),
+        ("Walker2d-v5", (750_000, 0.001, 128, True, True)),
+        ("Ant-v4", (500_000, 0.1, 128, False, True)),
+        ("InvertedPendulum-v4", (500_000, 0.1, 128, False, False)),
     ],
 )
 def test_the_released_hyperparameters_are_the_defaults(env_id, expected, tmp_path, monkeypatch):
@@ -755,7 +781,7 @@ def test_the_released_hyperparameters_are_the_defaults(env_id, expected, tmp_pat
         diffail.main(diffail.Args(env_id=env_id))
     with pytest.raises(SystemExit):
         diffail.main(diffail.Args(env_id=env_id, grad_penalty=0.5, total_timesteps=9_000))
-    names = ("total_timesteps", "grad_penalty", "hidden_dim", "normalize_observations")
+    names = ("total_timesteps", "grad_penalty", "hidden_dim", "normalize_observations", "ignore_terminations")
     assert tuple(getattr(seen[0], name) for name in names) == expected
     assert tuple(getattr(seen[1], name) for name in names) == (9_000, 0.5, *expected[2:])
 
