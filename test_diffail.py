@@ -764,23 +764,27 @@ def test_a_coordinate_that_never_moves_is_only_centred(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "env_id, expected",
+    "script, env_id, expected",
     [
-        ("HalfCheetah-v4", (500_000, 0.1, 128, False, False)),
-        ("Hopper-v4", (750_000, 0.0, 256, True, True)),
-        ("Walker2d-v5", (750_000, 0.001, 128, True, True)),
-        ("Ant-v4", (500_000, 0.1, 128, False, True)),
-        ("InvertedPendulum-v4", (500_000, 0.1, 128, False, False)),
+        (diffail, "HalfCheetah-v4", (500_000, 0.1, 128, False, False)),
+        (diffail, "Hopper-v4", (750_000, 0.0, 256, True, True)),
+        (diffail, "Walker2d-v5", (750_000, 0.001, 128, True, True)),
+        (diffail, "Ant-v4", (500_000, 0.1, 128, False, True)),
+        (diffail, "InvertedPendulum-v4", (500_000, 0.1, 128, False, False)),
+        (gail_baseline, "HalfCheetah-v4", (500_000, 4.0, 128, False, False)),
+        (gail_baseline, "Hopper-v4", (750_000, 4.0, 128, True, True)),
+        (gail_baseline, "Walker2d-v5", (750_000, 0.5, 128, False, True)),
+        (gail_baseline, "Ant-v4", (500_000, 4.0, 128, False, True)),
     ],
 )
-def test_the_released_hyperparameters_are_the_defaults(env_id, expected, tmp_path, monkeypatch):
+def test_the_released_hyperparameters_are_the_defaults(script, env_id, expected, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(diffail, "load_demonstrations", lambda *args: sys.exit(3))
-    monkeypatch.setattr(diffail, "check_numbers", seen.append)
+    monkeypatch.setattr(script, "load_demonstrations", lambda *args: sys.exit(3))
+    monkeypatch.setattr(script, "check_numbers", seen.append)
     with pytest.raises(SystemExit):
-        diffail.main(diffail.Args(env_id=env_id))
+        script.main(script.Args(env_id=env_id))
     with pytest.raises(SystemExit):
-        diffail.main(diffail.Args(env_id=env_id, grad_penalty=0.5, total_timesteps=9_000))
+        script.main(script.Args(env_id=env_id, grad_penalty=0.5, total_timesteps=9_000))
     names = ("total_timesteps", "grad_penalty", "hidden_dim", "normalize_observations", "ignore_terminations")
     assert tuple(getattr(seen[0], name) for name in names) == expected
     assert tuple(getattr(seen[1], name) for name in names) == (9_000, 0.5, *expected[2:])
