@@ -20,9 +20,10 @@ import numpy as np
 
 matplotlib.use("agg")
 HERE = Path(__file__).parent
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"  # Okabe and Ito: for colour-blind readers too
+# Okabe and Ito: for colour-blind readers too
+BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#555555"
 NAMES = {"diffail": "DiffAIL", "gail_baseline": "GAIL"}
-STYLES = [(BLUE, "-"), (ORANGE, "--"), (PURPLE, "-."), (GREEN, (0, (5, 1, 1, 1, 1, 1)))]
+STYLES = [(BLUE, "-"), (ORANGE, "--"), (PURPLE, "-."), (GREEN, (0, (5, 1, 1, 1, 1, 1))), (SKY, (0, (8, 2)))]
 
 
 @dataclass
