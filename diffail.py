@@ -481,7 +481,7 @@ class DiffAIL(nn.Module):
         x = self.discriminator_input(*parts)
         generator = torch.Generator(x.device).manual_seed(0)
         noise = torch.randn(self.args.diffusion_steps, *x.shape, device=x.device, generator=generator)
-        # Not the compiled reward: it would be compiled anew for each length of an episode.
+        # Not the compiled reward: episodes differ in length, and it would be compiled again for that.
         return self.args.reward_scale * surrogate_reward(self.discriminator, x, noise, self.args.reward_form).sum().item()
 
 

@@ -50,6 +50,8 @@ def main():
         config, target = json.loads((run_dir / "config.json").read_text()), RESULTS / f"{name}.json"
         if target.exists() and what_it_is(json.loads(target.read_text())) != what_it_is(config):
             sys.exit(f"collect.py: {target} is of a run with other arguments or of another commit, and is left as it is")
+        if not (run_dir / "evaluations.csv").exists():
+            sys.exit(f"collect.py: {run_dir} has no evaluation yet")
         scalars = training_scalars(run_dir)
         steps = sorted(set().union(*scalars.values()))
         rows = [["step", *scalars], *([step, *(f"{x[step]:.4g}" if step in x else "" for x in scalars.values())] for step in steps)]
