@@ -93,8 +93,9 @@ class Args:
     actor_lr: float = 3e-4  # Adam learning rate of the actor and of the temperature
     critic_lr: float = 3e-4  # Adam learning rate of the critics
     sac_beta1: float = 0.25  # Adam's beta_1 for actor, critics and temperature: the reward moves, so little momentum
-    initial_temperature: float = 0.2  # initial alpha
-    target_entropy_per_dim: float = -0.5  # target entropy, per dimension of the action
+    alpha: float = 0.02  # temperature, the weight of the entropy; with --autotune its first value
+    autotune: bool = False  # let alpha follow a target entropy, as the authors' code does, from 0.2 on
+    target_entropy_per_dim: float = -0.5  # of --autotune, per dimension of the action
     actor_regularizer: float = 1e-3  # weight of mean^2 + log_std^2 in the actor's loss
 
     # The run
@@ -409,7 +410,7 @@ class DiffAIL(nn.Module):
             for net, last in ((self.actor.net, 1e-3), (self.critic.q1, 3e-3), (self.critic.q2, 3e-3)):  # rlkit's values
                 initialize_as_rlkit(net, last)
         self.target_critic = copy.deepcopy(self.critic)
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.initial_temperature)))
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
         self.to(device)
         compiled = torch.compile if args.compile else lambda function: function
         self.discriminator_loss, self.gradient_penalty = compiled(discriminator_loss), compiled(gradient_penalty)
@@ -418,7 +419,8 @@ class DiffAIL(nn.Module):
         betas = args.sac_beta1, 0.999
         self.discriminator_optimizer = adam(self.discriminator.parameters(), lr=args.discriminator_lr)
         self.critic_optimizer = adam(self.critic.parameters(), lr=args.critic_lr, betas=betas)
-        self.actor_optimizer = adam([*self.actor.parameters(), self.log_alpha], lr=args.actor_lr, betas=betas)
+        tuned = [self.log_alpha] if args.autotune else []
+        self.actor_optimizer = adam([*self.actor.parameters(), *tuned], lr=args.actor_lr, betas=betas)
 
     def discriminator_input(self, observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:
         """x, [B, d]."""
@@ -465,11 +467,12 @@ class DiffAIL(nn.Module):
         return {"qf_loss": qf_loss.detach()}
 
     def update_actor(self, observations: Tensor) -> dict[str, Tensor]:
-        """One step of the actor, towards actions of high value and high entropy, and of the temperature, towards the target entropy."""
+        """One step of the actor, towards actions of high value and high entropy, and with --autotune of the temperature."""
         alpha = self.log_alpha.detach().exp()
         pi_loss, log_prob, mean, log_std = actor_loss(self.actor, self.critic, alpha, observations)
         loss = pi_loss + self.args.actor_regularizer * (mean.square().mean() + log_std.square().mean())
-        loss = loss + temperature_loss(self.log_alpha, log_prob, self.target_entropy)
+        if self.args.autotune:
+            loss = loss + temperature_loss(self.log_alpha, log_prob, self.target_entropy)
         self.actor_optimizer.zero_grad()
         loss.backward(inputs=self.actor_optimizer.param_groups[0]["params"])  # and so not into the critics
         self.actor_optimizer.step()
@@ -592,7 +595,7 @@ def fail(message: str) -> NoReturn:
 
 def check_numbers(args: Args):
     """Exit with code 2 where a number cannot be meant: counts begin at 1, the seed, rates and weights at 0, and some end at 1."""
-    least = {"seed": 0, "initial_temperature": 1e-6, "target_return": -math.inf, "target_entropy_per_dim": -math.inf}
+    least = {"seed": 0, "alpha": 1e-6, "target_return": -math.inf, "target_entropy_per_dim": -math.inf}
     most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 1, "tau": 1, "sac_beta1": 0.999}
     for name, value in vars(args).items():
         if type(value) in (int, float):

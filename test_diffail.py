@@ -528,17 +528,23 @@ def plain_update(agent: diffail.DiffAIL, expert_x: torch.Tensor, buffer: diffail
     losses["entropy"] = -log_prob.mean()
     regularizer = args.actor_regularizer * ((mean**2).mean() + (log_std**2).mean())
     adam(agent.actor_optimizer, network("actor"), losses["actor_loss"] + regularizer)
-    adam(agent.actor_optimizer, ["log_alpha"], -wide.log_alpha * (log_prob.detach().mean() + agent.target_entropy))
+    if args.autotune:
+        adam(agent.actor_optimizer, ["log_alpha"], -wide.log_alpha * (log_prob.detach().mean() + agent.target_entropy))
+    else:
+        updated["log_alpha"] = None, wide.log_alpha
     for name, parameter in wide.target_critic.named_parameters():
         updated[f"target_critic.{name}"] = None, (1 - args.tau) * parameter + args.tau * dict(wide.critic.named_parameters())[name]
     return losses, updated
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("state_only, form, compiled", [(False, "paper", False), (True, "released", False), (True, "released", True)])
-def test_an_update_is_that_of_the_plain_algorithm(state_only, form, compiled, device):
+@pytest.mark.parametrize(
+    "state_only, form, autotune, compiled",
+    [(False, "paper", True, False), (True, "released", False, False), (True, "released", True, True)],
+)
+def test_an_update_is_that_of_the_plain_algorithm(state_only, form, autotune, compiled, device):
     device, sizes = torch.device(device), dict(hidden_dim=32, sac_hidden_dim=32, batch_size=64)
-    args = diffail.Args(state_only=state_only, reward_form=form, compile=compiled, grad_penalty=0.1, **sizes)
+    args = diffail.Args(state_only=state_only, reward_form=form, autotune=autotune, compile=compiled, grad_penalty=0.1, **sizes)
     agent = diffail.DiffAIL(5, 2, args, device)
     for parameter in agent.target_critic.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))  # away from the critics, so that the step towards them shows
@@ -790,17 +796,20 @@ def test_the_released_hyperparameters_are_the_defaults(script, env_id, expected,
     assert tuple(getattr(seen[1], name) for name in names) == (9_000, 0.5, *expected[2:])
 
 
-def test_optimizers_and_target_entropy_are_the_released_ones(tmp_path, monkeypatch):
+@pytest.mark.parametrize("autotune", [False, True])
+def test_optimizers_are_the_released_ones_and_alpha_follows_its_target_only_with_autotune(autotune, tmp_path, monkeypatch):
     entropies, original = [], diffail.temperature_loss
     monkeypatch.setattr(diffail, "temperature_loss", lambda *args: entropies.append(args[2]) or original(*args))
-    diffail.main(diffail.Args(**SMALL, demos=corridor_demos(tmp_path / "d.npz"), hidden_dim=8, total_timesteps=70, output_dir=tmp_path))
+    run = dict(demos=corridor_demos(tmp_path / "d.npz"), hidden_dim=8, total_timesteps=70, output_dir=tmp_path)
+    diffail.main(diffail.Args(**SMALL, **run, autotune=autotune))
     state = torch.load(next(tmp_path.glob("*/checkpoint.pt")), weights_only=True)
     groups = {name: state[f"{name}_optimizer"]["param_groups"][0] for name in ("discriminator", "actor", "critic")}
     assert {name: (group["lr"], *group["betas"]) for name, group in groups.items()} == {
         "discriminator": (3e-5, 0.9, 0.999), "actor": (3e-4, 0.25, 0.999), "critic": (3e-4, 0.25, 0.999),
     }  # fmt: skip
-    assert len(groups["actor"]["params"]) == 7  # the temperature is the actor's seventh
-    assert set(entropies) == {-0.5}  # minus half the action's one dimension
+    assert len(groups["actor"]["params"]) == (7 if autotune else 6)  # the temperature is the actor's seventh
+    assert set(entropies) == ({-0.5} if autotune else set())  # minus half the action's one dimension
+    assert (state["agent"]["log_alpha"].exp().item() == pytest.approx(0.02, rel=1e-6)) != autotune
 
 
 def test_a_return_below_zero_has_no_percentage():
