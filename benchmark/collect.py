@@ -44,10 +44,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run_dirs", nargs="+", type=Path)
     parser.add_argument("--variant", help="in a word or two, what was not the default")
+    parser.add_argument("--to", type=Path, default=RESULTS, help="folder to write to")
     options = parser.parse_args()
     for run_dir in options.run_dirs:
         name = run_dir.name + (f"__{options.variant}" if options.variant else "")
-        config, target = json.loads((run_dir / "config.json").read_text()), RESULTS / f"{name}.json"
+        config, target = json.loads((run_dir / "config.json").read_text()), options.to / f"{name}.json"
         if target.exists() and what_it_is(json.loads(target.read_text())) != what_it_is(config):
             sys.exit(f"collect.py: {target} is of a run with other arguments or of another commit, and is left as it is")
         if not (run_dir / "evaluations.csv").exists():
@@ -55,12 +56,12 @@ def main():
         scalars = training_scalars(run_dir)
         steps = sorted(set().union(*scalars.values()))
         rows = [["step", *scalars], *([step, *(f"{x[step]:.4g}" if step in x else "" for x in scalars.values())] for step in steps)]
-        shutil.copyfile(run_dir / "evaluations.csv", RESULTS / f"{name}.csv")
+        shutil.copyfile(run_dir / "evaluations.csv", options.to / f"{name}.csv")
         shutil.copyfile(run_dir / "config.json", target)
-        (RESULTS / "training").mkdir(exist_ok=True)
-        with open(RESULTS / "training" / f"{name}.csv", "w", newline="") as file:
+        (options.to / "training").mkdir(parents=True, exist_ok=True)
+        with open(options.to / "training" / f"{name}.csv", "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
-        print(f"{RESULTS / name}.csv, up to step {steps[-1]}")
+        print(f"{options.to / name}.csv, up to step {steps[-1]}")
 
 
 if __name__ == "__main__":

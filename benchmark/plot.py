@@ -4,8 +4,8 @@
     python benchmark/plot.py
 
 A result is called ENV__SCRIPT__SETTING__NUMBERtraj__sSEED.csv, or ...__VARIANT.csv where it was not made with the defaults.
-Further figures have the returns of the training episodes, and, where there are runs of both DiffAIL and GAIL, the correlation of surrogate
-and true return.
+Further figures have the returns of the training episodes, the temperature where there are runs with and without --autotune, and the
+correlation of surrogate and true return where there are runs of both DiffAIL and GAIL.
 """
 import csv
 import itertools
@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 # Okabe and Ito: for colour-blind readers too
 BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#555555"
 NAMES = {"diffail": "DiffAIL", "gail_baseline": "GAIL"}
+TEMPERATURES = {"": "alpha fixed", "autotune": "--autotune", "autotune-until-225k": "--autotune, alpha fixed from 225k on"}
 STYLES = [(BLUE, "-"), (ORANGE, "--"), (PURPLE, "-."), (GREEN, (0, (5, 1, 1, 1, 1, 1))), (SKY, (0, (8, 2)))]
 
 
@@ -39,9 +40,10 @@ class Run:
         self.trajectories, self.seed, self.variant = int(trajectories.removesuffix("traj")), int(seed[1:]), " ".join(variant)
         self.finished = "finished_at_step" in self.config
         training = self.path.parent / "training" / self.path.name
-        if training.exists():
-            columns, ends = read_columns(training), self.columns["step"]
-            steps, returns = (columns[name][~np.isnan(columns["episodic_return"])] for name in ("step", "episodic_return"))
+        self.training = read_columns(training) if training.exists() else {}
+        if self.training:
+            ends, is_return = self.columns["step"], ~np.isnan(self.training["episodic_return"])
+            steps, returns = (self.training[name][is_return] for name in ("step", "episodic_return"))
             since = [(begin < steps) & (steps <= end) for begin, end in itertools.pairwise([0, *ends])]
             self.columns["training_return"] = np.array([returns[rows].mean() if rows.any() else np.nan for rows in since])
 
@@ -52,6 +54,12 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
         rows = list(csv.DictReader(file))
     columns = {name: np.array([row[name] or "nan" for row in rows]) for name in rows[0]}
     return {name: column if name in ("env", "setting", "algorithm") else column.astype(float) for name, column in columns.items()}
+
+
+def load_runs(folder: str) -> list[Run]:
+    """The imitation runs in a folder of benchmark/results."""
+    paths = sorted((HERE / "results" / folder).glob("*__*traj__s*.csv"))
+    return [Run(path, json.loads(path.with_suffix(".json").read_text()), read_columns(path)) for path in paths]
 
 
 def expert_return(env_id: str) -> float:
@@ -91,10 +99,11 @@ def groups(runs: list[Run]) -> dict[str, list[Run]]:
     return labelled
 
 
-def finish(figure: plt.Figure, axes: plt.Axes, name: str):
+def finish(figure: plt.Figure, panels: list[plt.Axes], name: str):
     """Legend, frame, grid, and the file."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=1, frameon=False)
     figure.savefig(HERE / "figures" / name, dpi=150)
     plt.close(figure)
@@ -122,7 +131,7 @@ def plot_returns(runs: list[Run], paper: dict, column: str, name: str):
     axes.annotate(f"expert, {expert:.0f}", (1, expert), **where)
     ylabel = "return" if column == "mean_return" else "return of training episodes"
     axes.set(xlabel="environment steps (thousands)", ylabel=ylabel, title=title(runs[0]))
-    finish(figure, axes, f"{name}.png")
+    finish(figure, [axes], f"{name}.png")
 
 
 def plot_correlation(runs: list[Run], name: str):
@@ -133,7 +142,25 @@ def plot_correlation(runs: list[Run], name: str):
     axes.axhline(0, color="black", lw=0.8)
     axes.set(xlabel="environment steps (thousands)", ylabel="Pearson correlation of surrogate and true return", ylim=(-1.05, 1.05))
     axes.set_title(title(runs[0]))
-    finish(figure, axes, f"{name}__correlation.png")
+    finish(figure, [axes], f"{name}__correlation.png")
+
+
+def plot_temperature(runs: list[Run], panel: str):
+    """Return and temperature alpha of runs with a fixed temperature and with --autotune."""
+    figure, panels = plt.subplots(2, figsize=(7, 7), sharex=True, layout="constrained")
+    for (colour, line), run in zip(STYLES, runs, strict=False):
+        begin = run.config["resumed"][-1]["step"] if "until" in run.variant else 0  # until there it is the run it was taken from
+        for axes, columns, name in ((panels[0], run.columns, "mean_return"), (panels[1], run.training, "alpha")):
+            rows = (columns["step"] >= max(columns["step"][columns["step"] <= begin], default=0)) & ~np.isnan(columns[name])
+            axes.plot(columns["step"][rows] / 1000, columns[name][rows], linestyle=line, color=colour, lw=2.2)
+        panels[0].lines[-1].set_label(f"{TEMPERATURES[run.variant]}, seed {run.seed}")
+    expert = expert_return(runs[0].env_id)
+    panels[0].axhline(expert, color="black", lw=1.2)
+    where = dict(xycoords=("axes fraction", "data"), ha="right", xytext=(0, 4), textcoords="offset points", fontsize=12)
+    panels[0].annotate(f"expert, {expert:.0f}", (1, expert), **where)
+    panels[0].set(ylabel="return", title=title(runs[0]))
+    panels[1].set(xlabel="environment steps (thousands)", ylabel="temperature alpha", ylim=(0, None))
+    finish(figure, panels, f"{panel}__temperature.png")
 
 
 def table(runs: list[Run], paper: dict) -> str:
@@ -158,8 +185,7 @@ def table(runs: list[Run], paper: dict) -> str:
 def main():
     plt.rcParams.update({"font.size": 13, "axes.titlesize": 14})
     paper = read_columns(HERE / "paper" / "learning_curves.csv")
-    paths = sorted((HERE / "results").glob("*__*traj__s*.csv"))
-    runs = [Run(path, json.loads(path.with_suffix(".json").read_text()), read_columns(path)) for path in paths]
+    runs = load_runs("")
     panels = defaultdict(list)
     for run in runs:
         panels[run.env_id, run.setting, run.trajectories].append(run)
@@ -170,6 +196,10 @@ def main():
         explored = [run for run in members if "training_return" in run.columns]
         if explored:
             plot_returns(explored, paper, "training_return", f"{name}__training")
+        tuned = [run for run in (*members, *load_runs("tried")) if run.script == "diffail" and run.variant in TEMPERATURES]
+        tuned = [run for run in tuned if (run.env_id, run.setting, run.trajectories, run.seed) == (env_id, setting, trajectories, 1)]
+        if len(tuned) > 1:
+            plot_temperature(tuned, name)
         measured = [run for run in members if "reward_correlation" in run.columns]
         if len({run.script for run in measured}) == 2:
             plot_correlation(measured, name)
