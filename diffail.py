@@ -87,14 +87,13 @@ class Args:
     batch_size: int = 256  # samples per update, of the expert and of the policy
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     sac_hidden_dim: int = 256  # units in each of the two hidden layers of actor and critics
-    network_init: Literal["pytorch", "rlkit"] = "pytorch"  # how actor and critics begin: as PyTorch does, or as in the authors' code
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # step of the target critics towards the critics
     actor_lr: float = 3e-4  # Adam learning rate of the actor and of the temperature
     critic_lr: float = 3e-4  # Adam learning rate of the critics
     sac_beta1: float = 0.25  # Adam's beta_1 for actor, critics and temperature: the reward moves, so little momentum
     alpha: float = 0.02  # temperature, the weight of the entropy; with --autotune its first value
-    autotune: bool = False  # let alpha follow a target entropy, as the authors' code does, from 0.2 on
+    autotune: bool = False  # let alpha follow a target entropy, as the authors' code does (from 0.2 on)
     target_entropy_per_dim: float = -0.5  # of --autotune, per dimension of the action
     actor_regularizer: float = 1e-3  # weight of mean^2 + log_std^2 in the actor's loss
 
@@ -290,17 +289,6 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-@torch.no_grad()
-def initialize_as_rlkit(net: nn.Sequential, last: float):
-    """Uniform hidden weights within 1 / sqrt(outputs), in PyTorch 1 / sqrt(inputs); hidden biases 0.1; the last layer within `last`."""
-    *hidden, out = [module for module in net if isinstance(module, nn.Linear)]
-    for layer in hidden:
-        layer.weight.uniform_(-(layer.out_features**-0.5), layer.out_features**-0.5)
-        layer.bias.fill_(0.1)
-    for parameter in out.parameters():
-        parameter.uniform_(-last, last)
-
-
 class Actor(nn.Module):
     """Tanh-Gaussian policy pi(a|s): a = tanh(u), u ~ N(mean(s), std(s))."""
 
@@ -406,9 +394,6 @@ class DiffAIL(nn.Module):
         self.discriminator = DiffusionDiscriminator(input_dim, args.hidden_dim, args.diffusion_steps, args.noise_schedule)
         self.actor = Actor(observation_dim, action_dim, args.sac_hidden_dim)
         self.critic = TwinCritic(observation_dim, action_dim, args.sac_hidden_dim)
-        if args.network_init == "rlkit":
-            for net, last in ((self.actor.net, 1e-3), (self.critic.q1, 3e-3), (self.critic.q2, 3e-3)):  # rlkit's values
-                initialize_as_rlkit(net, last)
         self.target_critic = copy.deepcopy(self.critic)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
         self.to(device)
