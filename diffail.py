@@ -92,7 +92,7 @@ class Args:
     actor_lr: float = 3e-4  # Adam learning rate of the actor and of the temperature
     critic_lr: float = 3e-4  # Adam learning rate of the critics
     sac_beta1: float = 0.25  # Adam's beta_1 for actor, critics and temperature: the reward moves, so little momentum
-    alpha: float = 0.02  # temperature, the weight of the entropy; with --autotune its first value
+    alpha: float | None = None  # temperature, the weight of the entropy; None: 0.12 / dim(A); with --autotune its first value
     autotune: bool = False  # let alpha follow a target entropy, as the authors' code does (from 0.2 on)
     target_entropy_per_dim: float = -0.5  # of --autotune, per dimension of the action
     actor_regularizer: float = 1e-3  # weight of mean^2 + log_std^2 in the actor's loss
@@ -747,6 +747,7 @@ def main(args: Args):
     torch.manual_seed(args.seed)
     env = make_env(args.env_id)  # for its spaces; observations are scaled once the demonstrations are known
     (observation_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
+    args.alpha = args.alpha or 0.12 / action_dim  # the entropy grows with the dimensions, the surrogate reward does not
     demos_path = args.demos or Path(__file__).parent / "demos" / f"{args.env_id}.npz"
     demos = load_demonstrations(demos_path, args.env_id, args.num_trajectories, env)
     mean, std = np.zeros(observation_dim, np.float32), np.ones(observation_dim, np.float32)

@@ -311,7 +311,7 @@ def test_gails_gradient_penalty_is_that_of_finite_differences():
 
 
 def test_one_gail_update_is_the_plain_one():
-    args = gail_baseline.Args(grad_penalty=4.0, hidden_dim=8, batch_size=32, discriminator_lr=1e-3)
+    args = gail_baseline.Args(alpha=0.02, grad_penalty=4.0, hidden_dim=8, batch_size=32, discriminator_lr=1e-3)
     agent = gail_baseline.GAIL(3, 2, args, torch.device("cpu"))
     expert, policy, wide = torch.randn(32, 5), torch.randn(32, 5), copy.deepcopy(agent.discriminator)
     rng = torch.get_rng_state()
@@ -334,7 +334,7 @@ def test_one_gail_update_is_the_plain_one():
 @pytest.mark.parametrize("agent_class", [diffail.DiffAIL, gail_baseline.GAIL])
 def test_networks_begin_as_pytorch_does_and_the_targets_as_the_critics(agent_class):
     script = sys.modules[agent_class.__module__]
-    agent = agent_class(17, 6, script.Args(grad_penalty=0.1, hidden_dim=8), torch.device("cpu"))
+    agent = agent_class(17, 6, script.Args(alpha=0.02, grad_penalty=0.1, hidden_dim=8), torch.device("cpu"))
     assert agent.actor.net[0].weight.abs().max().item() == pytest.approx(1 / math.sqrt(17), rel=0.01)
     assert not torch.equal(agent.critic.q1[0].weight, agent.critic.q2[0].weight)
     assert all(torch.equal(*pair) for pair in zip(agent.critic.parameters(), agent.target_critic.parameters()))
@@ -535,7 +535,7 @@ def plain_update(agent: diffail.DiffAIL, expert_x: torch.Tensor, buffer: diffail
 )
 def test_an_update_is_that_of_the_plain_algorithm(state_only, form, autotune, compiled, device):
     device, sizes = torch.device(device), dict(hidden_dim=32, sac_hidden_dim=32, batch_size=64)
-    args = diffail.Args(state_only=state_only, reward_form=form, autotune=autotune, compile=compiled, grad_penalty=0.1, **sizes)
+    args = diffail.Args(state_only=state_only, reward_form=form, autotune=autotune, compile=compiled, alpha=0.05, grad_penalty=0.1, **sizes)
     agent = diffail.DiffAIL(5, 2, args, device)
     for parameter in agent.target_critic.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))  # away from the critics, so that the step towards them shows
@@ -698,7 +698,7 @@ def test_actions_are_scaled_to_the_bounds_and_back(tmp_path):
 @pytest.mark.parametrize("script", [diffail, gail_baseline])
 def test_the_correlation_is_that_of_the_episodes_surrogate_and_true_returns(script, state_only):
     agent_class = diffail.DiffAIL if script is diffail else gail_baseline.GAIL
-    agent = agent_class(2, 1, script.Args(hidden_dim=8, sac_hidden_dim=8, state_only=state_only), torch.device("cpu"))
+    agent = agent_class(2, 1, script.Args(alpha=0.1, hidden_dim=8, sac_hidden_dim=8, state_only=state_only), torch.device("cpu"))
     generator = np.random.default_rng(0)
     shapes = {"observations": 2, "actions": 1, "next_observations": 2}
     episodes = [{name: generator.normal(size=(n, width)).astype(np.float32) for name, width in shapes.items()} for n in (4, 9, 6, 7)]
@@ -800,7 +800,7 @@ def test_optimizers_are_the_released_ones_and_alpha_follows_its_target_only_with
     }  # fmt: skip
     assert len(groups["actor"]["params"]) == (7 if autotune else 6)  # the temperature is the actor's seventh
     assert set(entropies) == ({-0.5} if autotune else set())  # minus half the action's one dimension
-    assert (state["agent"]["log_alpha"].exp().item() == pytest.approx(0.02, rel=1e-6)) != autotune
+    assert (state["agent"]["log_alpha"].exp().item() == pytest.approx(0.12, rel=1e-6)) != autotune
 
 
 def test_a_return_below_zero_has_no_percentage():
@@ -1052,6 +1052,7 @@ def test_command_line_end_to_end(script, flags, name, device, tmp_path):
     assert [row["step"] for row in rows] == ["200", "400"] and all(float(row["mean_length"]) > 1 for row in rows)
     config = json.loads((run_dir / "config.json").read_text())
     assert config["args"]["total_timesteps"] == config["finished_at_step"] == 400
+    assert script == "sac_baseline" or config["args"]["alpha"] == 0.12 / 3  # an action has 3 dimensions
     assert config["versions"]["torch"] == torch.__version__
     policy = torch.load(run_dir / "policy.pt", weights_only=True)
     actor = diffail.Actor(11, 3, policy["sac_hidden_dim"])

@@ -66,6 +66,8 @@ class Program:
             setattr(args, name, value)
         env = module.make_env(ENV_ID)
         (o,), (a,) = env.observation_space.shape, env.action_space.shape
+        if hasattr(args, "alpha"):
+            args.alpha = 0.12 / a  # as main does
         self.kind = kind = next(getattr(module, name) for name in ("DiffAIL", "GAIL", "SAC") if hasattr(module, name))
         agent = kind(o, a, args, device)
         widths = (o, a, o, 1, 1) if script == "sac_baseline" else (o, a, o)
