@@ -7,8 +7,10 @@ arXiv 1807.06158). For x = [s, a], or the pair of states x = [s, s'] with --stat
     min_f    -E_expert[log D] - E_policy[log(1 - D)]                objective               binary_cross_entropy
              + lambda E[(||grad_x f(x)||_2 - 1)^2]                  gradient penalty        logit_gradient_penalty
     R(x) = log D(x)                                                 surrogate reward        gail_reward
-             or, as more usual, -log(1 - D(x)), by --reward-form paper; c is --reward-scale
-    max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_loss, actor_loss, temperature_loss
+             or, as more usual, -log(1 - D(x)), by --reward-form paper
+    max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_loss, actor_loss
+
+where c is --reward-scale, and alpha a constant, or with --autotune what temperature_loss makes of it.
 
 `diff gail_baseline.py diffail.py` shows what DiffAIL changes: discriminator, reward, their hyperparameters (here those of DiffAIL's authors
 for GAIL), and --compile.
@@ -66,7 +68,7 @@ class Args:
     num_trajectories: int = 1  # demonstrated episodes to learn from, the first ones of the file
     seed: int = 1  # of everything random: networks, exploration, minibatches, noise, environment
 
-    # None: the released value for the environment, see ENVIRONMENT_DEFAULTS
+    # None: the value for the environment, see ENVIRONMENT_DEFAULTS
     total_timesteps: int | None = None  # environment steps
     grad_penalty: float | None = None  # weight lambda of the gradient penalty
     normalize_observations: bool | None = None  # by the mean and standard deviation of the demonstrations in use
@@ -89,8 +91,8 @@ class Args:
     critic_lr: float = 3e-4  # Adam learning rate of the critics
     sac_beta1: float = 0.25  # Adam's beta_1 for actor, critics and temperature: the reward moves, so little momentum
     alpha: float | None = None  # temperature, the weight of the entropy; None: 0.12 / dim(A); with --autotune its first value
-    autotune: bool = False  # let alpha follow a target entropy, as the authors' code does (from 0.2 on)
-    target_entropy_per_dim: float = -0.5  # of --autotune, per dimension of the action
+    autotune: bool = False  # let alpha, beginning at --alpha, follow a target entropy, as it does in the authors' code, from 0.2 on
+    target_entropy_per_dim: float = -0.5  # target entropy of --autotune, per dimension of the action
     actor_regularizer: float = 1e-3  # weight of mean^2 + log_std^2 in the actor's loss
 
     # The run
@@ -200,7 +202,7 @@ def critic_loss(
     critic: TwinCritic, target_critic: TwinCritic, actor: Actor, alpha: Tensor,
     observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float,
 ) -> Tensor:  # fmt: skip
-    """Soft Bellman error of both critics (SAC, eq. 5), for rewards [B] and discount [B], 0 where the task ends, or a number."""
+    """Soft Bellman error of both critics (SAC, eq. 5), for rewards [B] and a discount, a number or [B] with 0 where the task ends."""
     with torch.no_grad():
         next_actions, next_log_prob, _, _ = actor.sample(next_observations)
         next_value = torch.min(*target_critic(next_observations, next_actions)) - alpha * next_log_prob
@@ -216,7 +218,7 @@ def actor_loss(actor: Actor, critic: TwinCritic, alpha: Tensor, observations: Te
 
 
 def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
-    """Temperature objective (SAC, eq. 18) with log alpha in front for alpha, as is usual: the same sign, a better scale."""
+    """Temperature objective (SAC, eq. 18) with log alpha in place of the factor alpha, as most code has it: the gradient keeps its sign."""
     return -log_alpha * (log_prob.detach().mean() + target_entropy)
 
 
@@ -244,6 +246,7 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> tuple[Tensor, ...]:
         """Uniform transitions with replacement: one tensor [batch_size, width] for each of the widths."""
+        # The bound of randint would have to come to the host; the bias of the remainder is below 1e-12.
         rows = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.size
         return self.rows[rows].split(self.widths, dim=1)
 
@@ -307,8 +310,8 @@ class GAIL(nn.Module):
         self, observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float
     ) -> dict[str, Tensor]:
         """One step of both critics on the soft Bellman error."""
-        alpha, batch = self.log_alpha.detach().exp(), (observations, actions, next_observations, rewards, discount)
-        qf_loss = critic_loss(self.critic, self.target_critic, self.actor, alpha, *batch)
+        alpha, networks = self.log_alpha.detach().exp(), (self.critic, self.target_critic, self.actor)
+        qf_loss = critic_loss(*networks, alpha, observations, actions, next_observations, rewards, discount)
         self.critic_optimizer.zero_grad()
         qf_loss.backward()
         self.critic_optimizer.step()
@@ -363,7 +366,7 @@ def make_env(env_id: str, observation_mean: np.ndarray | float = 0.0, observatio
     """A Gymnasium environment with actions in [-1, 1] and observations (o - mean) / std in float32.
 
     Exits with code 2 where the environment is unknown or a space is not a one-dimensional Box (bounded, for actions)."""
-    gym.logger.min_level = gym.logger.ERROR  # the paper's v4 environments are "out of date", and that is the point
+    gym.logger.min_level = gym.logger.ERROR  # Gymnasium warns that v4 is out of date; here v4 is meant
     try:
         env = gym.make(env_id)
     except Exception as error:  # environments fail in ways of their own
@@ -439,7 +442,7 @@ def fail(message: str) -> NoReturn:
 
 
 def check_numbers(args: Args):
-    """Exit with code 2 where a number cannot be meant: counts begin at 1, the seed, rates and weights at 0, and some end at 1."""
+    """Exit with code 2 where a number is out of range: counts begin at 1, the seed, rates and weights at 0, and some end at 1."""
     least = {"seed": 0, "alpha": 1e-6, "target_return": -math.inf, "target_entropy_per_dim": -math.inf}
     most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 1, "tau": 1, "sac_beta1": 0.999}
     for name, value in vars(args).items():
@@ -503,15 +506,20 @@ def check_finite(values: dict[str, Tensor], step: int):
 
 
 def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict, **counters):
-    """Write all that a run goes on from. At the end of an episode that is all: no simulator state, and no random stream of its own."""
+    """Write all that a run goes on from. Only between episodes, whose seeds follow from their number: so no simulator state is needed."""
     state = {name: part.state_dict() for name, part in learned.items()} | counters | {"config": config}
     state |= {"rows": buffer.rows[: int(buffer.size)].clone(), "position": buffer.position, "rng": torch.get_rng_state()}
     state |= {"device_rng": torch.cuda.get_rng_state() if buffer.rows.is_cuda else None}
     write_file(path, lambda file: torch.save(state, file))
 
 
+MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "checkpoint_every"}
+
+
 def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict) -> dict:
-    """Restore and return what save_checkpoint wrote. Exits with code 2 where the file is damaged or was made with other arguments."""
+    """Restore and return what save_checkpoint wrote; `config` becomes that of the run's begin, with this resumption noted.
+
+    Exits with code 2 where the file is damaged or was made with other arguments."""
     try:
         state = torch.load(path, map_location=buffer.rows.device, weights_only=True)
         before = state["config"]["args"]
@@ -583,7 +591,6 @@ def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym
 # -------------------------------------------------------------------------------------------------------------- training
 
 TRAINING, EVALUATION = range(2)  # streams of episode seeds
-MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "checkpoint_every"}
 
 
 def main(args: Args):
@@ -710,7 +717,7 @@ def main(args: Args):
     # The end: policy, summary, and last the checkpoint, which tells --resume that all of it is there.
     progress.close()
     writer.close()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is no episode left to wait for
     signal.signal(signal.SIGINT, signal.default_int_handler)
     check_finite(losses | agent.state_dict(), step)
     policy = {"actor": agent.actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}

@@ -134,7 +134,7 @@ def critic_loss(
     critic: TwinCritic, target_critic: TwinCritic, actor: Actor, alpha: Tensor,
     observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float,
 ) -> Tensor:  # fmt: skip
-    """Soft Bellman error of both critics (SAC, eq. 5), for rewards [B] and discount [B], 0 where the task ends, or a number."""
+    """Soft Bellman error of both critics (SAC, eq. 5), for rewards [B] and a discount, a number or [B] with 0 where the task ends."""
     with torch.no_grad():
         next_actions, next_log_prob, _, _ = actor.sample(next_observations)
         next_value = torch.min(*target_critic(next_observations, next_actions)) - alpha * next_log_prob
@@ -150,7 +150,7 @@ def actor_loss(actor: Actor, critic: TwinCritic, alpha: Tensor, observations: Te
 
 
 def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
-    """Temperature objective (SAC, eq. 18) with log alpha in front for alpha, as is usual: the same sign, a better scale."""
+    """Temperature objective (SAC, eq. 18) with log alpha in place of the factor alpha, as most code has it: the gradient keeps its sign."""
     return -log_alpha * (log_prob.detach().mean() + target_entropy)
 
 
@@ -178,6 +178,7 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> tuple[Tensor, ...]:
         """Uniform transitions with replacement: one tensor [batch_size, width] for each of the widths."""
+        # The bound of randint would have to come to the host; the bias of the remainder is below 1e-12.
         rows = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.size
         return self.rows[rows].split(self.widths, dim=1)
 
@@ -212,8 +213,8 @@ class SAC(nn.Module):
         self, observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float
     ) -> dict[str, Tensor]:
         """One step of both critics on the soft Bellman error."""
-        alpha, batch = self.log_alpha.detach().exp(), (observations, actions, next_observations, rewards, discount)
-        qf_loss = critic_loss(self.critic, self.target_critic, self.actor, alpha, *batch)
+        alpha, networks = self.log_alpha.detach().exp(), (self.critic, self.target_critic, self.actor)
+        qf_loss = critic_loss(*networks, alpha, observations, actions, next_observations, rewards, discount)
         self.critic_optimizer.zero_grad()
         qf_loss.backward()
         self.critic_optimizer.step()
@@ -260,7 +261,7 @@ def make_env(env_id: str, observation_mean: np.ndarray | float = 0.0, observatio
     """A Gymnasium environment with actions in [-1, 1] and observations (o - mean) / std in float32.
 
     Exits with code 2 where the environment is unknown or a space is not a one-dimensional Box (bounded, for actions)."""
-    gym.logger.min_level = gym.logger.ERROR  # the paper's v4 environments are "out of date", and that is the point
+    gym.logger.min_level = gym.logger.ERROR  # Gymnasium warns that v4 is out of date; here v4 is meant
     try:
         env = gym.make(env_id)
     except Exception as error:  # environments fail in ways of their own
@@ -320,7 +321,7 @@ def fail(message: str) -> NoReturn:
 
 
 def check_numbers(args: Args):
-    """Exit with code 2 where a number cannot be meant: counts begin at 1, the seed, rates and weights at 0, and some end at 1."""
+    """Exit with code 2 where a number is out of range: counts begin at 1, the seed, rates and weights at 0, and some end at 1."""
     least = {"seed": 0, "alpha": 1e-6, "target_return": -math.inf, "target_entropy_per_dim": -math.inf}
     most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 1, "tau": 1, "sac_beta1": 0.999}
     for name, value in vars(args).items():
@@ -384,15 +385,21 @@ def check_finite(values: dict[str, Tensor], step: int):
 
 
 def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict, **counters):
-    """Write all that a run goes on from. At the end of an episode that is all: no simulator state, and no random stream of its own."""
+    """Write all that a run goes on from. Only between episodes, whose seeds follow from their number: so no simulator state is needed."""
     state = {name: part.state_dict() for name, part in learned.items()} | counters | {"config": config}
     state |= {"rows": buffer.rows[: int(buffer.size)].clone(), "position": buffer.position, "rng": torch.get_rng_state()}
     state |= {"device_rng": torch.cuda.get_rng_state() if buffer.rows.is_cuda else None}
     write_file(path, lambda file: torch.save(state, file))
 
 
+MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "checkpoint_every"}
+MAY_CHANGE_ON_RESUME |= {"target_return", "save_demos", "demo_episodes"}
+
+
 def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict) -> dict:
-    """Restore and return what save_checkpoint wrote. Exits with code 2 where the file is damaged or was made with other arguments."""
+    """Restore and return what save_checkpoint wrote; `config` becomes that of the run's begin, with this resumption noted.
+
+    Exits with code 2 where the file is damaged or was made with other arguments."""
     try:
         state = torch.load(path, map_location=buffer.rows.device, weights_only=True)
         before = state["config"]["args"]
@@ -442,8 +449,6 @@ def record_demonstrations(path: Path, actor: Actor, env: gym.Env, args: Args, co
 # -------------------------------------------------------------------------------------------------------------- training
 
 TRAINING, EVALUATION, DEMONSTRATION = range(3)  # streams of episode seeds
-MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "checkpoint_every"}
-MAY_CHANGE_ON_RESUME |= {"target_return", "save_demos", "demo_episodes"}
 
 
 def main(args: Args):
@@ -553,7 +558,7 @@ def main(args: Args):
     # The end: policy, summary, and last the checkpoint, which tells --resume that all of it is there; then the demonstrations.
     progress.close()
     writer.close()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is no episode left to wait for
     signal.signal(signal.SIGINT, signal.default_int_handler)
     check_finite(losses | agent.state_dict(), step)
     policy = {"actor": agent.actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}

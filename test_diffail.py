@@ -929,7 +929,7 @@ BAD_INPUT = [  # what is done to the demonstrations, further arguments, and a pa
     ("", "--actor-lr nan", "--actor-lr is nan, and must"),
     ("", "--reward-scale inf", "--reward-scale is inf, and must"),
     ("", "--gamma 1.5", "--gamma is 1.5, and must be a finite number from 0 to 1"),
-    ("", "--initial-temperature 0", "--initial-temperature is 0.0, and must"),
+    ("", "--alpha 0", "--alpha is 0.0, and must"),
     ("", "--seed -1", "--seed is -1, and must"),
     ("", "--batch-size 0", "--batch-size is 0, and must"),
     ("", "--batch-size 501", "--batch-size 501 is more than will be stored"),
