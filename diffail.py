@@ -277,7 +277,7 @@ class Mish(torch.autograd.Function):
 def mish(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """mish(x) and its slope mish'(x); where no gradient is wanted, mish(x) in the memory of x, and no slope.
 
-    F.mish and autograd would do, but are slower on a CPU. Without gradients the result is written over x."""
+    F.mish and autograd would do, but are slower on a CPU."""
     if torch.is_grad_enabled():
         return Mish.apply(x)
     return x.addcdiv_(x, x.exp().add_(1).square_().add_(1), value=-2), None  # tanh(log(1 + e^x)) = 1 - 2 / ((1 + e^x)^2 + 1)

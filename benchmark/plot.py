@@ -115,6 +115,14 @@ def title(run: Run) -> str:
     return f"{run.env_id}, {run.setting}, {run.trajectories} {'trajectory' if run.trajectories == 1 else 'trajectories'}"
 
 
+def mark_expert(axes: plt.Axes, env_id: str):
+    """A line at the mean return of the demonstrations."""
+    expert = expert_return(env_id)
+    axes.axhline(expert, color="black", lw=1.2)
+    where = dict(xycoords=("axes fraction", "data"), xytext=(4, 4), textcoords="offset points", fontsize=12)
+    axes.annotate(f"expert, {expert:.0f}", (0, expert), **where)
+
+
 def plot_returns(runs: list[Run], paper: dict, column: str, name: str):
     """Learning curves of one environment and setting, with the expert's line and, beside evaluations, the paper's curves."""
     figure, axes = plt.subplots(figsize=(7, 5.6), layout="constrained")
@@ -125,10 +133,7 @@ def plot_returns(runs: list[Run], paper: dict, column: str, name: str):
             axes.plot(steps / 1000, returns, linestyle=line, color=GREY, lw=2.2, label=label)
     for style, (label, seeds) in zip(itertools.cycle(STYLES), groups(runs).items(), strict=False):
         plot_group(axes, seeds, column, style, label)
-    expert = expert_return(runs[0].env_id)
-    axes.axhline(expert, color="black", lw=1.2)
-    where = dict(xycoords=("axes fraction", "data"), xytext=(4, 4), textcoords="offset points", fontsize=12)
-    axes.annotate(f"expert, {expert:.0f}", (0, expert), **where)
+    mark_expert(axes, runs[0].env_id)
     ylabel = "return" if column == "mean_return" else "return of training episodes"
     axes.set(xlabel="environment steps (thousands)", ylabel=ylabel, title=title(runs[0]))
     finish(figure, [axes], f"{name}.png")
@@ -154,10 +159,7 @@ def plot_temperature(runs: list[Run], panel: str):
             rows = (columns["step"] >= max(columns["step"][columns["step"] <= begin], default=0)) & ~np.isnan(columns[name])
             axes.plot(columns["step"][rows] / 1000, columns[name][rows], linestyle=line, color=colour, lw=2.2)
         panels[0].lines[-1].set_label(f"{TEMPERATURES[run.variant]}, seed {run.seed}")
-    expert = expert_return(runs[0].env_id)
-    panels[0].axhline(expert, color="black", lw=1.2)
-    where = dict(xycoords=("axes fraction", "data"), xytext=(4, 4), textcoords="offset points", fontsize=12)
-    panels[0].annotate(f"expert, {expert:.0f}", (0, expert), **where)
+    mark_expert(panels[0], runs[0].env_id)
     panels[0].set(ylabel="return", title=title(runs[0]))
     panels[1].set(xlabel="environment steps (thousands)", ylabel="temperature alpha", ylim=(0, None))
     finish(figure, panels, f"{panel}__temperature.png")
@@ -185,7 +187,7 @@ def table(runs: list[Run], paper: dict) -> str:
 def main():
     plt.rcParams.update({"font.size": 13, "axes.titlesize": 14})
     paper = read_columns(HERE / "paper" / "learning_curves.csv")
-    runs = load_runs("")
+    runs, tried = load_runs(""), load_runs("tried")
     panels = defaultdict(list)
     for run in runs:
         panels[run.env_id, run.setting, run.trajectories].append(run)
@@ -196,7 +198,7 @@ def main():
         explored = [run for run in members if "training_return" in run.columns]
         if explored:
             plot_returns(explored, paper, "training_return", f"{name}__training")
-        tuned = [run for run in (*members, *load_runs("tried")) if run.script == "diffail" and run.variant in TEMPERATURES]
+        tuned = [run for run in (*members, *tried) if run.script == "diffail" and run.variant in TEMPERATURES]
         tuned = [run for run in tuned if (run.env_id, run.setting, run.trajectories, run.seed) == (env_id, setting, trajectories, 1)]
         if len(tuned) > 1:
             plot_temperature(tuned, name)
