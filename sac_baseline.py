@@ -29,6 +29,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,6 +82,7 @@ class Args:
     output_dir: Path = Path("runs")  # folder of the run directories
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     threads: int = 1  # of PyTorch on the CPU; several runs side by side finish more steps than one with several threads
+    compile: bool = False  # compile what a step computes: about a quarter less time per step; needs a C++ compiler
 
 
 # ------------------------------------------------------------------------------------------------------------------- SAC
@@ -183,6 +185,18 @@ class ReplayBuffer:
         return self.rows[rows].split(self.widths, dim=1)
 
 
+def compiled(function: Callable) -> Callable:
+    """`function` through torch.compile, with the torch.autograd.grad in it, and with the random numbers that it draws uncompiled."""
+    torch._dynamo.config.trace_autograd_ops = True
+    return torch.compile(function, options={"fallback_random": True})
+
+
+def gradients(objective: Callable, parameters: list[Tensor], *batch: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Gradients of a loss, and what is worth logging; objective(*batch) is the two. One function, for --compile to compile as a whole."""
+    loss, losses = objective(*batch)
+    return torch.autograd.grad(loss, parameters), losses
+
+
 class SAC(nn.Module):
     """All that is learned, its optimisers, and one step on all of it.
 
@@ -196,39 +210,43 @@ class SAC(nn.Module):
         self.target_critic = copy.deepcopy(self.critic)
         self.log_alpha = nn.Parameter(torch.zeros(()))
         self.to(device)
+        self.gradients = compiled(gradients) if args.compile else gradients
         adam = partial(torch.optim.Adam, fused=True, capturable=True)  # capturable in a CUDA graph
         self.critic_optimizer = adam(self.critic.parameters(), lr=args.critic_lr)
         self.actor_optimizer = adam([*self.actor.parameters(), self.log_alpha], lr=args.actor_lr)
 
     def update(self, buffer: ReplayBuffer) -> dict[str, Tensor]:
         """One step on everything; returns what is worth logging. Nothing in it waits for the GPU."""
-        observations, actions, next_observations, rewards, terminations = buffer.sample(self.args.batch_size)
+        *batch, rewards, terminations = buffer.sample(self.args.batch_size)
         discount = self.args.gamma * (1 - terminations.squeeze(-1))
-        losses = self.update_critic(observations, actions, next_observations, rewards.squeeze(-1), discount)
-        losses |= self.update_actor(observations)
+        losses = self.descend(self.critic_optimizer, self.critic_objective, *batch, rewards.squeeze(-1), discount)
+        losses |= self.descend(self.actor_optimizer, self.actor_objective, batch[0])
         polyak_update(self.target_critic, self.critic, self.args.tau)
         return losses
 
-    def update_critic(
-        self, observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float
-    ) -> dict[str, Tensor]:
-        """One step of both critics on the soft Bellman error."""
-        alpha, networks = self.log_alpha.detach().exp(), (self.critic, self.target_critic, self.actor)
-        qf_loss = critic_loss(*networks, alpha, observations, actions, next_observations, rewards, discount)
-        self.critic_optimizer.zero_grad()
-        qf_loss.backward()
-        self.critic_optimizer.step()
-        return {"qf_loss": qf_loss.detach()}
+    def descend(self, optimizer: torch.optim.Optimizer, objective: Callable, *batch: Tensor) -> dict[str, Tensor]:
+        """One step of the optimiser on the loss in objective(*batch); returns what is worth logging."""
+        parameters = optimizer.param_groups[0]["params"]
+        grads, losses = self.gradients(objective, parameters, *batch)
+        for parameter, grad in zip(parameters, grads):
+            parameter.grad = grad
+        optimizer.step()
+        return losses
 
-    def update_actor(self, observations: Tensor) -> dict[str, Tensor]:
-        """One step of the actor, towards actions of high value and high entropy, and of the temperature, towards the target entropy."""
+    def critic_objective(
+        self, observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Soft Bellman error of both critics."""
+        alpha, networks = self.log_alpha.detach().exp(), (self.critic, self.target_critic, self.actor)
+        loss = critic_loss(*networks, alpha, observations, actions, next_observations, rewards, discount)
+        return loss, {"qf_loss": loss.detach()}
+
+    def actor_objective(self, observations: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """High value and high entropy for the actor, and the target entropy for the temperature."""
         alpha = self.log_alpha.detach().exp()
         pi_loss, log_prob, _, _ = actor_loss(self.actor, self.critic, alpha, observations)
         loss = pi_loss + temperature_loss(self.log_alpha, log_prob, self.target_entropy)
-        self.actor_optimizer.zero_grad()
-        loss.backward(inputs=self.actor_optimizer.param_groups[0]["params"])  # and so not into the critics
-        self.actor_optimizer.step()
-        return {"actor_loss": pi_loss.detach(), "alpha": alpha, "entropy": -log_prob.detach().mean()}
+        return loss, {"actor_loss": pi_loss.detach(), "alpha": alpha, "entropy": -log_prob.detach().mean()}
 
 
 class GraphedUpdate:
@@ -460,6 +478,8 @@ def main(args: Args):
         fail(f"--batch-size {args.batch_size} is more than will be stored: see --buffer-size and --total-timesteps")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch sees no CUDA device; use --device cpu")
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        fail("--compile needs a C++ compiler, g++ or the one that CXX names, and there is none")
     device = torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda")
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # dead units leave denormal moments in Adam; arithmetic on those is many times slower

@@ -109,15 +109,15 @@ class Program:
             x = learner[0][:BATCH_SIZE]
             policy = agent.discriminator_input(*self.batch)
             self.stages["sample"] = lambda: (sample(), sample())
-            self.stages["discriminator"] = lambda: agent.update_discriminator(x, policy)
+            self.stages["discriminator"] = lambda: agent.descend(agent.discriminator_optimizer, agent.discriminator_objective, x, policy)
             if script == "diffail":
                 noise = partial(torch.randn, args.diffusion_steps, BATCH_SIZE, dim, device=device)
                 self.stages["reward"] = lambda: agent.surrogate_reward(agent.discriminator, policy, noise(), args.reward_form)
             else:
                 self.stages["reward"] = lambda: module.gail_reward(agent.discriminator, policy, args.reward_form)
         rewards = torch.rand(BATCH_SIZE, device=device)
-        self.stages["critic"] = lambda: agent.update_critic(*self.batch[:3], rewards, args.gamma)
-        self.stages["actor"] = lambda: agent.update_actor(self.batch[0])
+        self.stages["critic"] = lambda: agent.descend(agent.critic_optimizer, agent.critic_objective, *self.batch[:3], rewards, args.gamma)
+        self.stages["actor"] = lambda: agent.descend(agent.actor_optimizer, agent.actor_objective, self.batch[0])
         self.stages["target"] = lambda: module.polyak_update(agent.target_critic, agent.critic, args.tau)
         self.stages["environment"] = environment
 
