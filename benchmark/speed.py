@@ -12,7 +12,7 @@ runs of different length, so that its start does not count.
 import argparse
 import contextlib
 import csv
-import importlib.util
+import importlib
 import os
 import re
 import subprocess
@@ -197,10 +197,9 @@ def main():
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.set_flush_denormal(True)
-    runs = {"diffail.py": ("diffail", {"state_only": True}), "diffail.py --compile": ("diffail", {"state_only": True, "compile": True})}
-    if importlib.util.find_spec("gail_baseline"):
-        runs["gail_baseline.py"] = ("gail_baseline", {"state_only": True})
-    runs["sac_baseline.py"] = ("sac_baseline", {})
+    runs = {}
+    for script, extra in {"diffail": {"state_only": True}, "gail_baseline": {"state_only": True}, "sac_baseline": {}}.items():
+        runs |= {f"{script}.py": (script, extra), f"{script}.py --compile": (script, extra | {"compile": True})}
     programs = {name: Program(script, device, **extra) for name, (script, extra) in runs.items()}
     sb3 = stable_baselines(device)
 
@@ -224,19 +223,19 @@ def main():
     for threads in all_threads:
         baseline = median[threads, "Stable-Baselines3 SAC", "step"]
         print(f"\n{options.device}, {threads} threads: milliseconds; a step of Stable-Baselines3's SAC takes {baseline:.2f}\n")
-        print(f"{'':22}" + "".join(f"{column:>15}" for column in COLUMNS) + f"{'step / SB3':>12}{'step / floor':>14}")
+        print(f"{'':27}" + "".join(f"{column:>15}" for column in COLUMNS) + f"{'step / SB3':>12}{'step / floor':>14}")
         for name in programs:
             values = {stage: value for (n, program, stage), value in median.items() if (n, program) == (threads, name)}
             values["sum"] = sum(values.get(stage, 0) for stage in STAGES)
             cells = "".join(f"{values[column]:15.2f}" if column in values else f"{'':15}" for column in COLUMNS)
-            print(f"{name:22}{cells}{values['step'] / baseline:12.2f}{values['step'] / values['floor']:14.2f}")
+            print(f"{name:27}{cells}{values['step'] / baseline:12.2f}{values['step'] / values['floor']:14.2f}")
             rows += [[options.device, threads, name, stage, f"{value:.4f}"] for stage, value in values.items()]
         rows.append([options.device, threads, "Stable-Baselines3 SAC", "step", f"{baseline:.4f}"])
     print()
     for name, (script, extra) in runs.items():
         memory = peak_memory(script, options.device, extra)
         rows.append([options.device, 1, name, "peak memory MiB", f"{memory:.0f}"])
-        print(f"{name:22}{memory:8.0f} MiB at most")
+        print(f"{name:27}{memory:8.0f} MiB at most")
     if options.output:
         with open(options.output, "w", newline="") as file:
             csv.writer(file).writerows([["device", "threads", "program", "stage", "milliseconds"], *rows])
