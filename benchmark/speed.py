@@ -1,7 +1,7 @@
 """Time per step of the scripts and of Stable-Baselines3's SAC, by stage, on HalfCheetah's sizes: one command, one table, one CSV.
 
     pip install -r benchmark/requirements.txt
-    python benchmark/speed.py                      # on a CPU, with 1 and 2 threads; some 8 minutes
+    python benchmark/speed.py                      # on a CPU, with 1 and 2 threads; some 10 minutes
     python benchmark/speed.py --device cuda
 
 The programs take turns, a few updates each, round after round, so that a busy moment of the machine falls on all of them; the table
@@ -191,7 +191,7 @@ def peak_memory(script: str, device: str, options: dict) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=15, help="every fifth one with the whole programs, too")
+    parser.add_argument("--rounds", type=int, default=15, help="every third one with the whole programs, too")
     parser.add_argument("--calls", type=int, default=20, help="of each stage, per round")
     parser.add_argument("--output", type=Path, help="CSV to write")
     options = parser.parse_args()
@@ -214,7 +214,7 @@ def main():
                     for stage, value in seconds_per_call(functions, options.calls, device).items():
                         seconds[name, stage] = value
             if round_ >= 0:
-                if round_ % 5 == 0:
+                if round_ % 3 == 0:
                     seconds |= {(name, "whole program"): program.whole_program(threads) for name, program in programs.items()}
                 for (name, stage), value in seconds.items():
                     times.setdefault((threads, name, stage), []).append(1e3 * value)
