@@ -6,8 +6,8 @@
 
 The programs take turns, a few updates each, round after round, so that a busy moment of the machine falls on all of them; the table
 has the median of the rounds. What is timed is the scripts' own code, imported. The floor is the matrix products of one update alone,
-recorded as they happen and repeated with the same shapes. The whole program is `main`, environment included: the difference of two
-runs of different length, so that its start does not count.
+recorded as they happen and repeated with the same shapes. The whole program is `main`, environment included: the time from
+one update to the next, over its last steps, so that its start does not count.
 """
 import argparse
 import contextlib
