@@ -75,12 +75,12 @@ class Args:
     hidden_dim: int | None = None  # units in each of the three hidden layers of the noise predictor
     grad_penalty: float | None = None  # weight lambda of the gradient penalty
     normalize_observations: bool | None = None  # by the mean and standard deviation of the demonstrations in use
-    ignore_terminations: bool | None = None  # in training, go on to the time limit where the task ends, as after a fall
+    ignore_terminations: bool | None = None  # in training, go on after a fall, up to the time limit
 
     # Discriminator and surrogate reward
     diffusion_steps: int = 10  # T
     noise_schedule: Literal["linear", "cosine", "vp"] = "linear"  # of the variances beta_1 ... beta_T
-    reward_form: Literal["released", "paper"] = "released"  # average exp(-squared error) as in the authors' code, or average L over t
+    reward_form: Literal["released", "paper"] = "released"  # D: mean of exp(-squared error), or exp(-mean of L)
     reward_scale: float = 2.0  # factor on the surrogate reward
     discriminator_lr: float = 3e-5  # Adam learning rate of the discriminator
 
@@ -95,7 +95,7 @@ class Args:
     critic_lr: float = 3e-4  # Adam learning rate of the critics
     sac_beta1: float = 0.25  # Adam's beta_1 for actor, critics and temperature: the reward moves, so little momentum
     alpha: float | None = None  # temperature, the weight of the entropy; None: 0.12 / dim(A); with --autotune its first value
-    autotune: bool = False  # let alpha, beginning at --alpha, follow a target entropy, as it does in the authors' code, from 0.2 on
+    autotune: bool = False  # tune alpha, from --alpha on, towards a target entropy; the authors' code: --autotune --alpha 0.2
     target_entropy_per_dim: float = -0.5  # target entropy of --autotune, per dimension of the action
     actor_regularizer: float = 1e-3  # weight of mean^2 + log_std^2 in the actor's loss
 
@@ -125,7 +125,7 @@ ENVIRONMENT_DEFAULTS = {
 def noise_schedule(name: str, steps: int) -> Tensor:
     """Variances beta_1 ... beta_T of the forward diffusion, float64 [steps].
 
-    x_t of the equations has index t - 1 here. With 10 linear steps alpha_bar ends at 0.9: even x_T is mostly x, and its noise hard to tell.
+    Index i is step t = i + 1 of the equations. With 10 linear steps alpha_bar ends at 0.9: even x_T is mostly x, its noise hard to predict.
     linear: Ho et al. 2020; cosine: Nichol & Dhariwal 2021, eq. 17; vp: Song et al. 2021, discretised as in Xiao et al. 2022."""
     if name == "linear":
         return torch.linspace(1e-4, 2e-2, steps, dtype=torch.float64)
@@ -161,12 +161,12 @@ class NoisePredictor(nn.Module):
         first, *others = self.hidden
         weight_x, weight_time = first.weight.split([x_t.shape[-1], 16], dim=1)
         bias = F.linear(embedding, weight_time, first.bias)  # [T, hidden_dim]
-        h, slope = mish(F.linear(x_t, weight_x).add_(F.embedding(t, bias)))  # F.embedding(t, bias) is bias[t], with a faster gradient
-        slopes = [slope]
-        for layer in others:
-            h, slope = mish(layer(h))
+        h, slopes = F.linear(x_t, weight_x).add_(F.embedding(t, bias)), []  # F.embedding(t, bias) is bias[t], with a faster gradient
+        for layer in (*others, self.out):
+            h, slope = mish(h)  # below: the activation and its derivative
             slopes.append(slope)
-        return self.out(h), slopes
+            h = layer(h)
+        return h, slopes
 
 
 class DiffusionDiscriminator(nn.Module):
@@ -200,15 +200,16 @@ class DiffusionDiscriminator(nn.Module):
         return torch.exp(-self.diffusion_loss(x, noise, t))
 
     def gradient(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Gradient of D(x, eps, t) with respect to x, [B, d]: the chain rule from the last layer to the first.
+        """Gradient of D(x, eps, t) with respect to x, [B, d]: -D (2/d) sqrt(abar_t) J^T e for e = eps_phi - eps and J = d eps_phi / d x_t.
 
-        Written out, because autograd through its own gradient takes 1.6 times as long on a CPU."""
+        J^T e is the chain rule from the last layer to the first, written out, because autograd through its own gradient takes 1.6 times as
+        long on a CPU."""
         error, slopes = self.denoising_error(x, noise, t)
         first, *others = self.noise_predictor.hidden
-        weights = [first.weight[:, : x.shape[1]], *(layer.weight for layer in others)]  # first's other columns: the time embedding
-        grad = error @ self.noise_predictor.out.weight
-        for weight, slope in zip(reversed(weights), reversed(slopes)):
-            grad = (grad * slope) @ weight
+        grad = error
+        for layer, slope in zip((self.noise_predictor.out, *reversed(others)), reversed(slopes)):
+            grad = (grad @ layer.weight) * slope
+        grad = grad @ first.weight[:, : x.shape[1]]  # its other columns are for the time embedding
         return -torch.exp(-error.square().mean(-1, keepdim=True)) * (2 / x.shape[1] * self.sqrt_alpha_bar[t] * grad)
 
     def draw(self, batch_size: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -251,7 +252,7 @@ def surrogate_reward(discriminator: DiffusionDiscriminator, x: Tensor, noise: Te
 class Mish(torch.autograd.Function):
     """mish(x) = x tanh(log(1 + e^x)) (Misra 2019) and its slope, both differentiable: the gradient penalty needs mish''.
 
-    With s = sigmoid(x) and v = 1 / (1 + (1 - s)^2), w = tanh(...) is 2v - 1, w' is 4 s v (1 - v), and w'' is w' (1 - s (4v - 1))."""
+    With s = sigmoid(x) and v = 1 / (1 + (1 - s)^2), w = tanh(log(1 + e^x)) = 2v - 1, w' = 4 s v (1 - v), w'' = w' (1 - s (4v - 1))."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,7 +276,7 @@ class Mish(torch.autograd.Function):
 
 
 def mish(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """mish(x) and its slope mish'(x); where no gradient is wanted, mish(x) in the memory of x, and no slope.
+    """mish(x) and its slope mish'(x); where no gradient is wanted, mish(x) written over x, and None.
 
     F.mish and autograd would do, but are slower on a CPU."""
     if torch.is_grad_enabled():
@@ -371,14 +372,14 @@ class ReplayBuffer:
 
     def add(self, *parts: np.ndarray):
         """Store one transition: one vector for each of the widths."""
-        row = torch.from_numpy(np.concatenate(parts, dtype=np.float32, casting="same_kind"))
+        row = torch.from_numpy(np.concatenate(parts, dtype=np.float32))
         self.rows[self.position] = row.to(self.rows.device, non_blocking=True)
         self.size += self.size < len(self.rows)
         self.position = (self.position + 1) % len(self.rows)
 
     def sample(self, batch_size: int) -> tuple[Tensor, ...]:
         """Uniform transitions with replacement: one tensor [batch_size, width] for each of the widths."""
-        # The bound of randint would have to come to the host; the bias of the remainder is below 1e-12.
+        # randint would need its bound on the host, which would wait for the GPU. The remainder's bias is below 1e-12.
         rows = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.size
         return self.rows[rows].split(self.widths, dim=1)
 
@@ -389,12 +390,12 @@ class ReplayBuffer:
 def compiled(function: Callable) -> Callable:
     """`function` through torch.compile: a step of DiffAIL takes 22.6 ms in place of 28.2 on a CPU (benchmark/results/speed__cpu.csv)."""
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad too: a loss and its gradient become one program
-    # PyTorch's random numbers, as uncompiled: the compiler's own are other ones, and take 3.4 ms for the reward's noise, not 0.4.
+    # Random numbers from PyTorch, not from the compiler: the same ones as uncompiled, and sooner drawn on a CPU.
     return torch.compile(function, options={"fallback_random": True})
 
 
 def gradients(objective: Callable, parameters: list[Tensor], *batch: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """objective(*batch) is a loss, and what is worth logging: the loss's gradients, and the latter. What --compile compiles as a whole."""
+    """Gradients of the loss objective(*batch)[0], and what is to be logged, objective(*batch)[1]; --compile makes one program of both."""
     loss, losses = objective(*batch)
     return torch.autograd.grad(loss, parameters), losses
 
@@ -433,6 +434,7 @@ class DiffAIL(nn.Module):
         expert = expert_x[torch.randint(len(expert_x), (args.batch_size,), device=expert_x.device)]
         policy = self.discriminator_input(*buffer.sample(args.batch_size))
         losses = self.descend(self.discriminator_optimizer, self.discriminator_objective, expert, policy)
+        # A second minibatch, for SAC. Its rewards are those of the discriminator as it is now; none are stored.
         batch = buffer.sample(args.batch_size)
         x = self.discriminator_input(*batch)
         noise = torch.randn(args.diffusion_steps, *x.shape, device=x.device)
@@ -463,12 +465,9 @@ class DiffAIL(nn.Module):
             loss, losses["grad_penalty"] = loss + self.args.grad_penalty * penalty, penalty.detach()
         return loss, losses
 
-    def critic_objective(
-        self, observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Soft Bellman error of both critics."""
-        alpha, networks = self.log_alpha.detach().exp(), (self.critic, self.target_critic, self.actor)
-        loss = critic_loss(*networks, alpha, observations, actions, next_observations, rewards, discount)
+    def critic_objective(self, *batch: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Soft Bellman error of both critics, for a batch as in critic_loss."""
+        loss = critic_loss(self.critic, self.target_critic, self.actor, self.log_alpha.detach().exp(), *batch)
         return loss, {"qf_loss": loss.detach()}
 
     def actor_objective(self, observations: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -660,7 +659,7 @@ def check_finite(values: dict[str, Tensor], step: int):
 
 
 def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict, **counters):
-    """Write all that a run goes on from. Only between episodes, whose seeds follow from their number: so no simulator state is needed."""
+    """Write all that a run goes on from. Between episodes, or at the end: with a seed for each episode, no simulator state is needed."""
     state = {name: part.state_dict() for name, part in learned.items()} | counters | {"config": config}
     state |= {"rows": buffer.rows[: int(buffer.size)].clone(), "position": buffer.position, "rng": torch.get_rng_state()}
     state |= {"device_rng": torch.cuda.get_rng_state() if buffer.rows.is_cuda else None}
@@ -671,7 +670,7 @@ MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "th
 
 
 def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict) -> dict:
-    """Restore and return what save_checkpoint wrote; `config` becomes that of the run's begin, with this resumption noted.
+    """Restore and return what save_checkpoint wrote; `config` becomes that of the run's beginning, with this resumption noted.
 
     Exits with code 2 where the file is damaged or was made with other arguments."""
     try:
@@ -690,7 +689,7 @@ def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dic
             torch.cuda.set_rng_state(state["device_rng"].cpu())
     except Exception:  # what a damaged archive raises is open-ended
         fail(f"{path} is not a whole checkpoint of this script; it is left as it is")
-    resumed = {"step": state["step"]} | {name: config[name] for name in ("command", "commit", "versions")}
+    resumed = {"step": state["step"]} | {name: config[name] for name in ("command", "commit", "device", "versions")}
     config |= state["config"] | {"args": config["args"], "resumed": [*state["config"].get("resumed", []), resumed]}
     return state
 
@@ -819,7 +818,7 @@ def main(args: Args):
         save_checkpoint(checkpoint_path, learned, buffer, config, **counters)
 
     for step in range(start + 1, args.total_timesteps + 1):
-        # Act and learn, then step the environment: on a GPU the update is only queued by then, and both work at the same time.
+        # Learn, and only then step the environment: on a GPU the update is queued by then, and both work at the same time.
         if step <= args.learning_starts:
             action = (2 * torch.rand(action_dim) - 1).numpy()
         else:

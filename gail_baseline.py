@@ -4,7 +4,7 @@ Ho & Ermon, "Generative Adversarial Imitation Learning", NeurIPS 2016, arXiv 160
 arXiv 1807.06158). For x = [s, a], or the pair of states x = [s, s'] with --state-only, of dimension d:
 
     D(x) = sigmoid(f(x))                                            discriminator           MLPDiscriminator
-    min_f    -E_expert[log D] - E_policy[log(1 - D)]                objective               binary_cross_entropy
+    min_f    (-E_expert[log D] - E_policy[log(1 - D)]) / 2          objective               binary_cross_entropy
              + lambda E[(||grad_x f(x)||_2 - 1)^2]                  gradient penalty        logit_gradient_penalty
     R(x) = log D(x)                                                 surrogate reward        gail_reward
              or, as more usual, -log(1 - D(x)), by --reward-form paper
@@ -73,7 +73,7 @@ class Args:
     total_timesteps: int | None = None  # environment steps
     grad_penalty: float | None = None  # weight lambda of the gradient penalty
     normalize_observations: bool | None = None  # by the mean and standard deviation of the demonstrations in use
-    ignore_terminations: bool | None = None  # in training, go on to the time limit where the task ends, as after a fall
+    ignore_terminations: bool | None = None  # in training, go on after a fall, up to the time limit
 
     # Discriminator and surrogate reward
     hidden_dim: int = 128  # units in each of the two hidden layers of the discriminator
@@ -92,7 +92,7 @@ class Args:
     critic_lr: float = 3e-4  # Adam learning rate of the critics
     sac_beta1: float = 0.25  # Adam's beta_1 for actor, critics and temperature: the reward moves, so little momentum
     alpha: float | None = None  # temperature, the weight of the entropy; None: 0.12 / dim(A); with --autotune its first value
-    autotune: bool = False  # let alpha, beginning at --alpha, follow a target entropy, as it does in the authors' code, from 0.2 on
+    autotune: bool = False  # tune alpha, from --alpha on, towards a target entropy; the authors' code: --autotune --alpha 0.2
     target_entropy_per_dim: float = -0.5  # target entropy of --autotune, per dimension of the action
     actor_regularizer: float = 1e-3  # weight of mean^2 + log_std^2 in the actor's loss
 
@@ -241,14 +241,14 @@ class ReplayBuffer:
 
     def add(self, *parts: np.ndarray):
         """Store one transition: one vector for each of the widths."""
-        row = torch.from_numpy(np.concatenate(parts, dtype=np.float32, casting="same_kind"))
+        row = torch.from_numpy(np.concatenate(parts, dtype=np.float32))
         self.rows[self.position] = row.to(self.rows.device, non_blocking=True)
         self.size += self.size < len(self.rows)
         self.position = (self.position + 1) % len(self.rows)
 
     def sample(self, batch_size: int) -> tuple[Tensor, ...]:
         """Uniform transitions with replacement: one tensor [batch_size, width] for each of the widths."""
-        # The bound of randint would have to come to the host; the bias of the remainder is below 1e-12.
+        # randint would need its bound on the host, which would wait for the GPU. The remainder's bias is below 1e-12.
         rows = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.size
         return self.rows[rows].split(self.widths, dim=1)
 
@@ -259,12 +259,12 @@ class ReplayBuffer:
 def compiled(function: Callable) -> Callable:
     """`function` through torch.compile: a step of DiffAIL takes 22.6 ms in place of 28.2 on a CPU (benchmark/results/speed__cpu.csv)."""
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad too: a loss and its gradient become one program
-    # PyTorch's random numbers, as uncompiled: the compiler's own are other ones, and take 3.4 ms for the reward's noise, not 0.4.
+    # Random numbers from PyTorch, not from the compiler: the same ones as uncompiled, and sooner drawn on a CPU.
     return torch.compile(function, options={"fallback_random": True})
 
 
 def gradients(objective: Callable, parameters: list[Tensor], *batch: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """objective(*batch) is a loss, and what is worth logging: the loss's gradients, and the latter. What --compile compiles as a whole."""
+    """Gradients of the loss objective(*batch)[0], and what is to be logged, objective(*batch)[1]; --compile makes one program of both."""
     loss, losses = objective(*batch)
     return torch.autograd.grad(loss, parameters), losses
 
@@ -302,6 +302,7 @@ class GAIL(nn.Module):
         expert = expert_x[torch.randint(len(expert_x), (args.batch_size,), device=expert_x.device)]
         policy = self.discriminator_input(*buffer.sample(args.batch_size))
         losses = self.descend(self.discriminator_optimizer, self.discriminator_objective, expert, policy)
+        # A second minibatch, for SAC. Its rewards are those of the discriminator as it is now; none are stored.
         batch = buffer.sample(args.batch_size)
         x = self.discriminator_input(*batch)
         rewards = args.reward_scale * gail_reward(self.discriminator, x, args.reward_form)
@@ -329,12 +330,9 @@ class GAIL(nn.Module):
             loss, losses["grad_penalty"] = loss + self.args.grad_penalty * penalty, penalty.detach()
         return loss, losses
 
-    def critic_objective(
-        self, observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Soft Bellman error of both critics."""
-        alpha, networks = self.log_alpha.detach().exp(), (self.critic, self.target_critic, self.actor)
-        loss = critic_loss(*networks, alpha, observations, actions, next_observations, rewards, discount)
+    def critic_objective(self, *batch: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Soft Bellman error of both critics, for a batch as in critic_loss."""
+        loss = critic_loss(self.critic, self.target_critic, self.actor, self.log_alpha.detach().exp(), *batch)
         return loss, {"qf_loss": loss.detach()}
 
     def actor_objective(self, observations: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -523,7 +521,7 @@ def check_finite(values: dict[str, Tensor], step: int):
 
 
 def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict, **counters):
-    """Write all that a run goes on from. Only between episodes, whose seeds follow from their number: so no simulator state is needed."""
+    """Write all that a run goes on from. Between episodes, or at the end: with a seed for each episode, no simulator state is needed."""
     state = {name: part.state_dict() for name, part in learned.items()} | counters | {"config": config}
     state |= {"rows": buffer.rows[: int(buffer.size)].clone(), "position": buffer.position, "rng": torch.get_rng_state()}
     state |= {"device_rng": torch.cuda.get_rng_state() if buffer.rows.is_cuda else None}
@@ -534,7 +532,7 @@ MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "th
 
 
 def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict) -> dict:
-    """Restore and return what save_checkpoint wrote; `config` becomes that of the run's begin, with this resumption noted.
+    """Restore and return what save_checkpoint wrote; `config` becomes that of the run's beginning, with this resumption noted.
 
     Exits with code 2 where the file is damaged or was made with other arguments."""
     try:
@@ -553,7 +551,7 @@ def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dic
             torch.cuda.set_rng_state(state["device_rng"].cpu())
     except Exception:  # what a damaged archive raises is open-ended
         fail(f"{path} is not a whole checkpoint of this script; it is left as it is")
-    resumed = {"step": state["step"]} | {name: config[name] for name in ("command", "commit", "versions")}
+    resumed = {"step": state["step"]} | {name: config[name] for name in ("command", "commit", "device", "versions")}
     config |= state["config"] | {"args": config["args"], "resumed": [*state["config"].get("resumed", []), resumed]}
     return state
 
@@ -682,7 +680,7 @@ def main(args: Args):
         save_checkpoint(checkpoint_path, learned, buffer, config, **counters)
 
     for step in range(start + 1, args.total_timesteps + 1):
-        # Act and learn, then step the environment: on a GPU the update is only queued by then, and both work at the same time.
+        # Learn, and only then step the environment: on a GPU the update is queued by then, and both work at the same time.
         if step <= args.learning_starts:
             action = (2 * torch.rand(action_dim) - 1).numpy()
         else:

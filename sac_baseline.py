@@ -173,14 +173,14 @@ class ReplayBuffer:
 
     def add(self, *parts: np.ndarray):
         """Store one transition: one vector for each of the widths."""
-        row = torch.from_numpy(np.concatenate(parts, dtype=np.float32, casting="same_kind"))
+        row = torch.from_numpy(np.concatenate(parts, dtype=np.float32))
         self.rows[self.position] = row.to(self.rows.device, non_blocking=True)
         self.size += self.size < len(self.rows)
         self.position = (self.position + 1) % len(self.rows)
 
     def sample(self, batch_size: int) -> tuple[Tensor, ...]:
         """Uniform transitions with replacement: one tensor [batch_size, width] for each of the widths."""
-        # The bound of randint would have to come to the host; the bias of the remainder is below 1e-12.
+        # randint would need its bound on the host, which would wait for the GPU. The remainder's bias is below 1e-12.
         rows = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.size
         return self.rows[rows].split(self.widths, dim=1)
 
@@ -188,12 +188,12 @@ class ReplayBuffer:
 def compiled(function: Callable) -> Callable:
     """`function` through torch.compile: a step of DiffAIL takes 22.6 ms in place of 28.2 on a CPU (benchmark/results/speed__cpu.csv)."""
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad too: a loss and its gradient become one program
-    # PyTorch's random numbers, as uncompiled: the compiler's own are other ones, and take 3.4 ms for the reward's noise, not 0.4.
+    # Random numbers from PyTorch, not from the compiler: the same ones as uncompiled, and sooner drawn on a CPU.
     return torch.compile(function, options={"fallback_random": True})
 
 
 def gradients(objective: Callable, parameters: list[Tensor], *batch: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """objective(*batch) is a loss, and what is worth logging: the loss's gradients, and the latter. What --compile compiles as a whole."""
+    """Gradients of the loss objective(*batch)[0], and what is to be logged, objective(*batch)[1]; --compile makes one program of both."""
     loss, losses = objective(*batch)
     return torch.autograd.grad(loss, parameters), losses
 
@@ -234,12 +234,9 @@ class SAC(nn.Module):
         optimizer.step()
         return losses
 
-    def critic_objective(
-        self, observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Soft Bellman error of both critics."""
-        alpha, networks = self.log_alpha.detach().exp(), (self.critic, self.target_critic, self.actor)
-        loss = critic_loss(*networks, alpha, observations, actions, next_observations, rewards, discount)
+    def critic_objective(self, *batch: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Soft Bellman error of both critics, for a batch as in critic_loss."""
+        loss = critic_loss(self.critic, self.target_critic, self.actor, self.log_alpha.detach().exp(), *batch)
         return loss, {"qf_loss": loss.detach()}
 
     def actor_objective(self, observations: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -404,7 +401,7 @@ def check_finite(values: dict[str, Tensor], step: int):
 
 
 def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict, **counters):
-    """Write all that a run goes on from. Only between episodes, whose seeds follow from their number: so no simulator state is needed."""
+    """Write all that a run goes on from. Between episodes, or at the end: with a seed for each episode, no simulator state is needed."""
     state = {name: part.state_dict() for name, part in learned.items()} | counters | {"config": config}
     state |= {"rows": buffer.rows[: int(buffer.size)].clone(), "position": buffer.position, "rng": torch.get_rng_state()}
     state |= {"device_rng": torch.cuda.get_rng_state() if buffer.rows.is_cuda else None}
@@ -416,7 +413,7 @@ MAY_CHANGE_ON_RESUME |= {"target_return", "save_demos", "demo_episodes"}
 
 
 def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict) -> dict:
-    """Restore and return what save_checkpoint wrote; `config` becomes that of the run's begin, with this resumption noted.
+    """Restore and return what save_checkpoint wrote; `config` becomes that of the run's beginning, with this resumption noted.
 
     Exits with code 2 where the file is damaged or was made with other arguments."""
     try:
@@ -435,7 +432,7 @@ def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dic
             torch.cuda.set_rng_state(state["device_rng"].cpu())
     except Exception:  # what a damaged archive raises is open-ended
         fail(f"{path} is not a whole checkpoint of this script; it is left as it is")
-    resumed = {"step": state["step"]} | {name: config[name] for name in ("command", "commit", "versions")}
+    resumed = {"step": state["step"]} | {name: config[name] for name in ("command", "commit", "device", "versions")}
     config |= state["config"] | {"args": config["args"], "resumed": [*state["config"].get("resumed", []), resumed]}
     return state
 
@@ -459,7 +456,7 @@ def record_demonstrations(path: Path, actor: Actor, env: gym.Env, args: Args, co
     arrays["actions"] = env.action(arrays["actions"])  # in the environment's units
     arrays = {name: array if array.dtype == bool else array.astype(np.float32) for name, array in arrays.items()}
     metadata = {"env_id": args.env_id, "returns": returns.tolist(), "episode_seeds": seeds, "seed": args.seed}
-    metadata |= {name: config[name] for name in ("command", "commit", "versions")}
+    metadata |= {name: config[name] for name in ("command", "commit", "resumed", "versions") if name in config}
     check_new(path)  # again: the training before this took its time
     write_file(path, lambda file: np.savez_compressed(file, metadata=json.dumps(metadata), **arrays))
     print(f"{path}: {len(returns)} episodes, return {returns.mean():.1f} ± {returns.std():.1f}")
@@ -528,7 +525,7 @@ def main(args: Args):
         save_checkpoint(checkpoint_path, learned, buffer, config, **counters)
 
     for step in range(start + 1, args.total_timesteps + 1):
-        # Act and learn, then step the environment: on a GPU the update is only queued by then, and both work at the same time.
+        # Learn, and only then step the environment: on a GPU the update is queued by then, and both work at the same time.
         if step <= args.learning_starts:
             action = (2 * torch.rand(action_dim) - 1).numpy()
         else:

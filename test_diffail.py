@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import pickle
 import re
 import resource
@@ -1332,6 +1333,40 @@ def test_a_grid_skips_what_is_finished_and_goes_on_past_a_failure(tmp_path):
     assert longer.returncode == 0 and len((runs / "started").read_text().splitlines()) == 8
 
 
+INTERRUPTED_SCRIPT = """
+import signal, sys, time
+from pathlib import Path
+words, caught = sys.argv[1:], []
+seed, output_dir = words[words.index("--seed") + 1], Path(words[words.index("--output-dir") + 1])
+if seed == "1":  # as a run whose episode goes on for two seconds; the other one is still importing
+    signal.signal(signal.SIGINT, lambda *_: caught.append(1))
+(output_dir / f"started{seed}").touch()
+while not caught:
+    time.sleep(0.1)
+print("SIGINT", file=sys.stderr, flush=True)
+time.sleep(2)
+print("stopped", file=sys.stderr, flush=True)
+(output_dir / "checkpoint").touch()
+raise SystemExit(130)
+"""
+
+
+def test_ctrl_c_waits_for_the_checkpoints_of_a_grid(tmp_path):
+    pytest.importorskip("submitit")
+    (tmp_path / "benchmark").mkdir()
+    (tmp_path / "benchmark" / "run.py").write_bytes((HERE / "benchmark" / "run.py").read_bytes())
+    (tmp_path / "diffail.py").write_text(INTERRUPTED_SCRIPT)
+    command = [sys.executable, tmp_path / "benchmark" / "run.py", "--settings", "state-only", "--seeds", "1", "2", "--output-dir", tmp_path]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not all((tmp_path / f"started{seed}").exists() for seed in (1, 2)):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(timeout=60) == 130 and (tmp_path / "checkpoint").exists()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nothing is left of it
+
+
 # --------------------------------------------------------------------------------------------------- the text itself
 
 
@@ -1415,7 +1450,7 @@ def test_the_results_in_the_readme_are_those_of_the_files():
         config = json.loads((HERE / f"{name}.json").read_text())
         with np.load(HERE / "demos" / f"{config['args']['env_id']}.npz") as file:
             expert = np.mean(json.loads(file["metadata"].item())["returns"])
-        steps, first, best, final, theirs, commit = (cell.strip() for cell in cells.split("|"))
+        steps, first, best, final, theirs, commits = (cell.strip() for cell in cells.split("|"))
         wanted = {"env": config["args"]["env_id"].split("-v")[0], "setting": name.split("__")[2], "trajectories": "1"}
         with open(HERE / "benchmark" / "paper" / "learning_curves.csv", newline="") as file:
             rows_of_paper = [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
@@ -1427,4 +1462,5 @@ def test_the_results_in_the_readme_are_those_of_the_files():
         last = [value for _, value in evaluations[-5:]]
         for cell, value in ((best, max(value for _, value in evaluations)), (final, sum(last) / len(last))):
             assert cell == f"{round(value)}, {round(100 * value / expert)} %"
-        assert config["commit"].startswith(commit) and "dirty" not in config["commit"]
+        parts = [part["commit"] for part in (config, *config.get("resumed", []))]
+        assert commits.split(", ") == list(dict.fromkeys(commit[:7] for commit in parts)) and "dirty" not in "".join(parts)

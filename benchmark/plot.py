@@ -167,7 +167,7 @@ def plot_temperature(runs: list[Run], panel: str):
 
 def table(runs: list[Run], paper: dict) -> str:
     """Markdown: best and final return (mean of the last five evaluations) of every run, in per cent of the expert's, beside the paper's."""
-    head = ["run", "steps", "first at the expert's return", "best", "final", "the paper's best and final", "commit"]
+    head = ["run", "steps", "first at the expert's return", "best", "final", "the paper's best and final", "commits"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for run in runs:
         expert, steps, returns = expert_return(run.env_id), run.columns["step"], run.columns["mean_return"]
@@ -179,7 +179,8 @@ def table(runs: list[Run], paper: dict) -> str:
         cells += [f"{round(value)}, {round(100 * value / expert)} %" for value in (returns.max(), returns[-5:].mean())]
         theirs, expert = (paper_curve(paper, run, algorithm)[1] for algorithm in (NAMES[run.script], "expert"))
         cells += [f"{100 * theirs.max() / expert[0]:.0f} %, {100 * theirs[-5:].mean() / expert[0]:.0f} %" if len(theirs) else ""]
-        cells += [run.config["commit"][:7]]
+        parts = run.config, *run.config.get("resumed", [])
+        cells += [", ".join(dict.fromkeys(part["commit"][:7] for part in parts))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -11,8 +11,11 @@ Ctrl-C ends the runs here where their episodes end, with checkpoints; the same c
 import argparse
 import itertools
 import json
+import signal
+import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import submitit
@@ -43,6 +46,14 @@ def last_evaluation(folder: Path) -> str:
     return f"{int(step):,} steps, return {float(mean_return):.1f}"
 
 
+def execute(command: list[str]):
+    """In a process of submitit's, run the command, and raise what it says where it fails. Unlike this process it heeds Ctrl-C."""
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=heed)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scripts", nargs="+", default=["diffail"], choices=["diffail", "gail_baseline"])
@@ -54,8 +65,9 @@ def main():
     parser.add_argument("--cluster", choices=["local", "slurm"], default="local")
     parser.add_argument("--hours", type=float, default=48, help="time limit of one run")
     parser.add_argument("--output-dir", type=Path, default=Path("runs"))
-    words, _, further = " ".join(sys.argv[1:]).partition(" -- ")
-    options, further = parser.parse_args(words.split()), further.split()
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    options, further = parser.parse_args(words[:cut]), words[cut + 1 :]
 
     executor = submitit.AutoExecutor(folder=options.output_dir / "logs", cluster=options.cluster)
     executor.update_parameters(timeout_min=int(60 * options.hours), cpus_per_task=1, name="diffail")
@@ -73,7 +85,9 @@ def main():
             while waiting or running:
                 while waiting and len(running) < options.jobs:
                     folder, command = waiting.pop(0)
-                    running[folder] = executor.submit(submitit.helpers.CommandFunction(command, verbose=False))
+                    caught = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by submitit's processes, which Ctrl-C would end
+                    running[folder] = executor.submit(execute, command)
+                    signal.signal(signal.SIGINT, caught)
                 for folder, job in list(running.items()):
                     if job.done():
                         del running[folder]
