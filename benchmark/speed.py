@@ -7,7 +7,7 @@
 The programs take turns, a few updates each, round after round, so that a busy moment of the machine falls on all of them; the table
 has the median of the rounds. What is timed is the scripts' own code, imported. The floor is the matrix products of one update alone,
 recorded as they happen and repeated with the same shapes. The whole program is `main`, environment included: the time from
-one update to the next, over its last steps, so that its start does not count.
+one step to the next, over its last ones, so that its start does not count; beside it, on a CPU, how much of that its stages took.
 """
 import argparse
 import contextlib
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 ENV_ID, BATCH_SIZE, STORED = "HalfCheetah-v4", 256, 10_000
 STAGES = ("act", "sample", "discriminator", "reward", "critic", "actor", "target", "environment")
-COLUMNS = (*STAGES, "sum", "step", "whole program", "floor")
+COLUMNS = (*STAGES, "sum", "step", "whole program", "in its stages", "floor")
 
 
 class RecordProducts(TorchDispatchMode):
@@ -132,21 +132,54 @@ class Program:
         for a, b in self.factors:
             torch.mm(a, b)
 
-    def whole_program(self, threads: int, steps: int = 200) -> float:
-        """Seconds per learning step of `main`: the time from one update to the next, over its last steps."""
-        begins, update = [], self.kind.update
+    def whole_program(self, threads: int, steps: int = 200) -> dict[str, float]:
+        """Seconds per learning step of `main`, over its last steps, and on a CPU how many of these are spent in its stages."""
+        module, kind, begins, in_stages = self.module, self.kind, [], 0.0
 
-        def timed_update(*args):
-            begins.append(time.perf_counter())
-            return update(*args)
+        def timed(function, counts=lambda *args: True):
+            def call(*args):
+                nonlocal in_stages
+                if not counts(*args):
+                    return function(*args)
+                begin = time.perf_counter()
+                result = function(*args)
+                in_stages += time.perf_counter() - begin
+                return result
 
-        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+            return call
+
+        def initialize(agent, *args, plain=kind.__init__):
+            plain(agent, *args)
+            if hasattr(agent, "surrogate_reward"):
+                agent.surrogate_reward = timed(agent.surrogate_reward)  # compiled or not
+
+        def make_env(*args, plain=module.make_env):
+            env = plain(*args)
+            step = timed(env.step)
+
+            def marked_step(action):
+                begins.append((time.perf_counter(), in_stages))
+                return step(action)
+
+            env.step = marked_step
+            return env
+
+        replaced = [(kind, "__init__", initialize), (module, "make_env", make_env)]
+        # To act is to sample for one observation; the losses sample for a batch of them.
+        replaced += [(module.Actor, "sample", timed(module.Actor.sample, lambda actor, observations: observations.dim() == 1))]
+        buffer = module.ReplayBuffer
+        stages = (kind, "descend"), (buffer, "sample"), (buffer, "add"), (module, "polyak_update"), (module, "gail_reward")
+        replaced += [(owner, name, timed(getattr(owner, name))) for owner, name in stages if hasattr(owner, name)]
+        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
             options = dict(self.options, device=self.device.type, threads=threads, output_dir=Path(folder), eval_every=10**9)
-            args = self.module.Args(env_id=ENV_ID, learning_starts=300, total_timesteps=300 + 50 + steps, **options)
-            quiet = contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere)
-            with quiet[0], quiet[1], mock.patch.object(self.kind, "update", timed_update):
-                self.module.main(args)
-        return (begins[-1] - begins[-1 - steps]) / steps
+            args = module.Args(env_id=ENV_ID, learning_starts=300, total_timesteps=300 + 50 + steps, **options)
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+            for owner, name, new in replaced:
+                stack.enter_context(mock.patch.object(owner, name, new))
+            module.main(args)
+        whole, in_stages = ((last - first) / steps for first, last in zip(begins[-1 - steps], begins[-1]))
+        return {"whole program": whole} | ({"in its stages": in_stages} if self.device.type == "cpu" else {})
 
 
 def stable_baselines(device: torch.device):
@@ -215,7 +248,8 @@ def main():
                         seconds[name, stage] = value
             if round_ >= 0:
                 if round_ % 3 == 0:
-                    seconds |= {(name, "whole program"): program.whole_program(threads) for name, program in programs.items()}
+                    for name, program in programs.items():
+                        seconds |= {(name, stage): value for stage, value in program.whole_program(threads).items()}
                 for (name, stage), value in seconds.items():
                     times.setdefault((threads, name, stage), []).append(1e3 * value)
 
