@@ -118,14 +118,13 @@ def title(run: Run) -> str:
 def mark_expert(axes: plt.Axes, env_id: str):
     """A line at the mean return of the demonstrations."""
     expert = expert_return(env_id)
-    axes.axhline(expert, color="black", lw=1.2)
-    where = dict(xycoords=("axes fraction", "data"), xytext=(4, 4), textcoords="offset points", fontsize=12)
-    axes.annotate(f"expert, {expert:.0f}", (0, expert), **where)
+    axes.axhline(expert, color="black", lw=1.2, label=f"expert, {expert:.0f}")
 
 
 def plot_returns(runs: list[Run], paper: dict, column: str, name: str):
     """Learning curves of one environment and setting, with the expert's line and, beside evaluations, the paper's curves."""
-    figure, axes = plt.subplots(figsize=(7, 5.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 5.9), layout="constrained")
+    mark_expert(axes, runs[0].env_id)
     for algorithm, line in (("DiffAIL", (0, (1, 1))), ("GAIL", (0, (1, 4)))) if column == "mean_return" else ():
         steps, returns = paper_curve(paper, runs[0], algorithm)
         if len(steps):
@@ -133,7 +132,6 @@ def plot_returns(runs: list[Run], paper: dict, column: str, name: str):
             axes.plot(steps / 1000, returns, linestyle=line, color=GREY, lw=2.2, label=label)
     for style, (label, seeds) in zip(itertools.cycle(STYLES), groups(runs).items(), strict=False):
         plot_group(axes, seeds, column, style, label)
-    mark_expert(axes, runs[0].env_id)
     ylabel = "return" if column == "mean_return" else "return of training episodes"
     axes.set(xlabel="environment steps (thousands)", ylabel=ylabel, title=title(runs[0]))
     finish(figure, [axes], f"{name}.png")
@@ -152,14 +150,14 @@ def plot_correlation(runs: list[Run], name: str):
 
 def plot_temperature(runs: list[Run], panel: str):
     """Return and temperature alpha of runs with a fixed temperature and with --autotune."""
-    figure, panels = plt.subplots(2, figsize=(7, 7), sharex=True, layout="constrained")
+    figure, panels = plt.subplots(2, figsize=(7, 7.3), sharex=True, layout="constrained")
+    mark_expert(panels[0], runs[0].env_id)
     for (colour, line), run in zip(STYLES, runs, strict=False):
         begin = run.config["resumed"][-1]["step"] if "until" in run.variant else 0  # until there it is the run it was taken from
         for axes, columns, name in ((panels[0], run.columns, "mean_return"), (panels[1], run.training, "alpha")):
             rows = (columns["step"] >= max(columns["step"][columns["step"] <= begin], default=0)) & ~np.isnan(columns[name])
             axes.plot(columns["step"][rows] / 1000, columns[name][rows], linestyle=line, color=colour, lw=2.2)
         panels[0].lines[-1].set_label(f"{TEMPERATURES[run.variant]}, seed {run.seed}")
-    mark_expert(panels[0], runs[0].env_id)
     panels[0].set(ylabel="return", title=title(runs[0]))
     panels[1].set(xlabel="environment steps (thousands)", ylabel="temperature alpha", ylim=(0, None))
     finish(figure, panels, f"{panel}__temperature.png")
