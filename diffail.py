@@ -14,7 +14,7 @@ states x = [s, s'] with --state-only, of dimension d:
 
 where c is --reward-scale, and alpha a constant, or with --autotune what temperature_loss makes of it.
 
-The true reward is never learned from: it is not even stored. Evaluations print it.
+The true reward is never learned from: it is not even stored. It is only logged and printed.
 
     python diffail.py --env-id HalfCheetah-v4 --state-only
 """
@@ -155,7 +155,7 @@ class NoisePredictor(nn.Module):
         self.out = nn.Linear(hidden_dim, dim)
 
     def forward(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, list]:
-        """x_t [..., d] and t [...] to the predicted noise [..., d] and, for the gradient penalty, the slopes mish' of the hidden layers."""
+        """x_t [..., d] and t [...] to the predicted noise [..., d] and, for the penalty, the hidden layers' slopes mish' (or None)."""
         embedding = self.time_out(F.mish(self.time_in(self.time_embedding)))  # [T, 16]
         # The first layer's input is [x_t, embedding[t]]. What embedding[t] adds is computed once for each of the T steps, and looked up.
         first, *others = self.hidden
@@ -173,7 +173,7 @@ class DiffusionDiscriminator(nn.Module):
     """D(x, eps, t) = exp(-L(x, eps, t)): the better the diffusion model denoises x, the more x looks like the expert's.
 
     Everywhere below x is [B, d], noise [B, d] and t [B], whole numbers from 0 to T - 1; or, for
-    all T steps at once, noise [T, B, d] and t [T, 1], and results are [T, B]."""
+    all T steps at once, noise [T, B, d] and t [T, 1], and losses are [T, B]."""
 
     def __init__(self, dim: int, hidden_dim: int, diffusion_steps: int, schedule: str):
         super().__init__()
@@ -196,7 +196,7 @@ class DiffusionDiscriminator(nn.Module):
         return self.denoising_error(x, noise, t)[0].square().mean(-1)
 
     def forward(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """D(x, eps, t) in (0, 1], [B]. Only for the reader: what follows goes by L, which keeps the digits that D near 1 loses."""
+        """D(x, eps, t) in (0, 1], [B]. Only for the reader: the losses below go by L, which keeps the digits that D near 1 loses."""
         return torch.exp(-self.diffusion_loss(x, noise, t))
 
     def gradient(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -595,7 +595,7 @@ def fail(message: str) -> NoReturn:
 
 
 def check_numbers(args: Args):
-    """Exit with code 2 where a number is out of range: counts begin at 1, the seed, rates and weights at 0, and some end at 1."""
+    """Exit with code 2 where a number is out of range: counts begin at 1, most others at 0, and some end at 1."""
     least = {"seed": 0, "alpha": 1e-6, "target_return": -math.inf, "target_entropy_per_dim": -math.inf}
     most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 1, "tau": 1, "sac_beta1": 0.999}
     for name, value in vars(args).items():
@@ -651,7 +651,7 @@ def catch_stop_signals() -> list[int]:
 
 
 def check_finite(values: dict[str, Tensor], step: int):
-    """Exit with code 1 where a loss, reward or parameter is no longer finite. The last checkpoint, in which all was finite, is kept."""
+    """Exit with code 1 where a loss, action or parameter is no longer finite. The last checkpoint, in which all was finite, is kept."""
     for name, value in values.items():
         if not torch.isfinite(value).all():
             print(f"{Path(sys.argv[0]).name}: {name} is not finite at step {step}; the last checkpoint is kept", file=sys.stderr)
@@ -707,7 +707,7 @@ class Demonstrations:
 def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym.Env) -> Demonstrations:
     """Read the first `num_trajectories` episodes of an .npz file written by sac_baseline.py.
 
-    Exits with code 2 where the file is missing, broken, not finite, of another environment, or holds too few episodes."""
+    Exits with code 2 where the file is missing, broken, not finite, of another environment or its actions' bounds, or too short."""
     obs_shape, action_space = env.observation_space.shape, env.unwrapped.action_space
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -337,7 +337,7 @@ def fail(message: str) -> NoReturn:
 
 
 def check_numbers(args: Args):
-    """Exit with code 2 where a number is out of range: counts begin at 1, the seed, rates and weights at 0, and some end at 1."""
+    """Exit with code 2 where a number is out of range: counts begin at 1, most others at 0, and some end at 1."""
     least = {"seed": 0, "alpha": 1e-6, "target_return": -math.inf, "target_entropy_per_dim": -math.inf}
     most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 1, "tau": 1, "sac_beta1": 0.999}
     for name, value in vars(args).items():
@@ -393,7 +393,7 @@ def catch_stop_signals() -> list[int]:
 
 
 def check_finite(values: dict[str, Tensor], step: int):
-    """Exit with code 1 where a loss, reward or parameter is no longer finite. The last checkpoint, in which all was finite, is kept."""
+    """Exit with code 1 where a loss, action or parameter is no longer finite. The last checkpoint, in which all was finite, is kept."""
     for name, value in values.items():
         if not torch.isfinite(value).all():
             print(f"{Path(sys.argv[0]).name}: {name} is not finite at step {step}; the last checkpoint is kept", file=sys.stderr)

@@ -172,9 +172,10 @@ def table(runs: list[Run], paper: dict) -> str:
         above = steps[returns >= expert]
         cells = [f"[{run.env_id}, {NAMES[run.script]}, {run.setting}, seed {run.seed}{', ' * bool(run.variant)}{run.variant}]"
                  f"(benchmark/results/{run.path.name})"]  # fmt: skip
-        cells += [f"{steps[-1] / 1000:.0f}k" + " so far" * (not run.finished)]
+        cells += ["stopped at " * (not run.finished) + f"{steps[-1] / 1000:.0f}k"]
         cells += [f"{above[0] / 1000:.0f}k" if len(above) else "no"]
         cells += [f"{round(value)}, {round(100 * value / expert)} %" for value in (returns.max(), returns[-5:].mean())]
+        cells[-1] = cells[-1] if run.finished else ""
         theirs, expert = (paper_curve(paper, run, algorithm)[1] for algorithm in (NAMES[run.script], "expert"))
         cells += [f"{100 * theirs.max() / expert[0]:.0f} %, {100 * theirs[-5:].mean() / expert[0]:.0f} %" if len(theirs) else ""]
         parts = run.config, *run.config.get("resumed", [])

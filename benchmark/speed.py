@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import csv
 import importlib
+import multiprocessing
 import os
 import re
 import subprocess
@@ -20,9 +21,10 @@ import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from unittest import mock
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -55,12 +57,16 @@ def matrix(shape: tuple[int, int], stride: tuple[int, int], device: torch.device
     return torch.randn(shape, device=device)
 
 
+def agent_class(module: ModuleType) -> type:
+    """The script's class of all that is learned."""
+    return next(getattr(module, name) for name in ("DiffAIL", "GAIL", "SAC") if hasattr(module, name))
+
+
 class Program:
     """One of the scripts: its networks, filled buffer and environment, its stages as calls without arguments, and its whole step."""
 
     def __init__(self, script: str, device: torch.device, **options):
-        self.module = module = importlib.import_module(script)
-        self.options, self.device = options, device
+        module = importlib.import_module(script)
         args = module.Args(env_id=ENV_ID, batch_size=BATCH_SIZE, **options)
         for name, value in getattr(module, "ENVIRONMENT_DEFAULTS", {}).get("HalfCheetah", {}).items():
             setattr(args, name, value)
@@ -68,8 +74,7 @@ class Program:
         (o,), (a,) = env.observation_space.shape, env.action_space.shape
         if hasattr(args, "alpha"):
             args.alpha = 0.12 / a  # as main does
-        self.kind = kind = next(getattr(module, name) for name in ("DiffAIL", "GAIL", "SAC") if hasattr(module, name))
-        agent = kind(o, a, args, device)
+        agent = agent_class(module)(o, a, args, device)
         widths = (o, a, o, 1, 1) if script == "sac_baseline" else (o, a, o)
         buffer = module.ReplayBuffer(args.buffer_size, widths, device)
         with np.load(ROOT / "demos" / f"{ENV_ID}.npz") as file:
@@ -132,55 +137,6 @@ class Program:
         for a, b in self.factors:
             torch.mm(a, b)
 
-    def whole_program(self, threads: int, steps: int = 200) -> dict[str, float]:
-        """Seconds per learning step of `main`, over its last steps, and on a CPU how many of these are spent in its stages."""
-        module, kind, begins, in_stages = self.module, self.kind, [], 0.0
-
-        def timed(function, counts=lambda *args: True):
-            def call(*args):
-                nonlocal in_stages
-                if not counts(*args):
-                    return function(*args)
-                begin = time.perf_counter()
-                result = function(*args)
-                in_stages += time.perf_counter() - begin
-                return result
-
-            return call
-
-        def initialize(agent, *args, plain=kind.__init__):
-            plain(agent, *args)
-            if hasattr(agent, "surrogate_reward"):
-                agent.surrogate_reward = timed(agent.surrogate_reward)  # compiled or not
-
-        def make_env(*args, plain=module.make_env):
-            env = plain(*args)
-            step = timed(env.step)
-
-            def marked_step(action):
-                begins.append((time.perf_counter(), in_stages))
-                return step(action)
-
-            env.step = marked_step
-            return env
-
-        replaced = [(kind, "__init__", initialize), (module, "make_env", make_env)]
-        # To act is to sample for one observation; the losses sample for a batch of them.
-        replaced += [(module.Actor, "sample", timed(module.Actor.sample, lambda actor, observations: observations.dim() == 1))]
-        buffer = module.ReplayBuffer
-        stages = (kind, "descend"), (buffer, "sample"), (buffer, "add"), (module, "polyak_update"), (module, "gail_reward")
-        replaced += [(owner, name, timed(getattr(owner, name))) for owner, name in stages if hasattr(owner, name)]
-        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
-            options = dict(self.options, device=self.device.type, threads=threads, output_dir=Path(folder), eval_every=10**9)
-            args = module.Args(env_id=ENV_ID, learning_starts=300, total_timesteps=300 + 50 + steps, **options)
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
-            for owner, name, new in replaced:
-                stack.enter_context(mock.patch.object(owner, name, new))
-            module.main(args)
-        whole, in_stages = ((last - first) / steps for first, last in zip(begins[-1 - steps], begins[-1]))
-        return {"whole program": whole} | ({"in its stages": in_stages} if self.device.type == "cpu" else {})
-
 
 def stable_baselines(device: torch.device):
     """SB3's SAC as it comes, and a function that makes it do n steps."""
@@ -205,6 +161,58 @@ def seconds_per_call(functions: dict, calls: int, device: torch.device) -> dict:
                 torch.cuda.synchronize()
             seconds[name] += (time.perf_counter() - begin) / calls
     return seconds
+
+
+def whole_program(script: str, device: str, threads: int, options: dict, steps: int = 200) -> dict[str, float]:
+    """Seconds per learning step of `main`, over its last steps, and on a CPU how many of these are spent in its stages.
+
+    For a process of its own: it leaves the script with timers in it."""
+    module, begins, in_stages = importlib.import_module(script), [], 0.0
+    kind = agent_class(module)
+
+    def timed(function, counts=lambda *args: True):
+        def call(*args):
+            nonlocal in_stages
+            if not counts(*args):
+                return function(*args)
+            begin = time.perf_counter()
+            result = function(*args)
+            in_stages += time.perf_counter() - begin
+            return result
+
+        return call
+
+    def initialize(agent, *args, plain=kind.__init__):
+        plain(agent, *args)
+        if hasattr(agent, "surrogate_reward"):
+            agent.surrogate_reward = timed(agent.surrogate_reward)  # compiled or not
+
+    def make_env(*args, plain=module.make_env):
+        env = plain(*args)
+        step = timed(env.step)
+
+        def marked_step(action):
+            begins.append((time.perf_counter(), in_stages))
+            return step(action)
+
+        env.step = marked_step
+        return env
+
+    replaced = [(kind, "__init__", initialize), (module, "make_env", make_env)]
+    # To act is to sample for one observation; the losses sample for a batch of them.
+    replaced += [(module.Actor, "sample", timed(module.Actor.sample, lambda actor, observations: observations.dim() == 1))]
+    buffer = module.ReplayBuffer
+    stages = (kind, "descend"), (buffer, "sample"), (buffer, "add"), (module, "polyak_update"), (module, "gail_reward")
+    replaced += [(owner, name, timed(getattr(owner, name))) for owner, name in stages if hasattr(owner, name)]
+    for owner, name, new in replaced:
+        setattr(owner, name, new)
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+        options = dict(options, device=device, threads=threads, output_dir=Path(folder), eval_every=10**9)
+        args = module.Args(env_id=ENV_ID, learning_starts=300, total_timesteps=300 + 50 + steps, **options)
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            module.main(args)
+    whole, in_stages = ((last - first) / steps for first, last in zip(begins[-1 - steps], begins[-1]))
+    return {"whole program": whole} | ({"in its stages": in_stages} if device == "cpu" else {})
 
 
 def peak_memory(script: str, device: str, options: dict) -> float:
@@ -248,8 +256,11 @@ def main():
                         seconds[name, stage] = value
             if round_ >= 0:
                 if round_ % 3 == 0:
-                    for name, program in programs.items():
-                        seconds |= {(name, stage): value for stage, value in program.whole_program(threads).items()}
+                    for name, (script, extra) in runs.items():
+                        # In a process of its own, as a user runs it
+                        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                            whole = process.submit(whole_program, script, options.device, threads, extra).result()
+                        seconds |= {(name, stage): value for stage, value in whole.items()}
                 for (name, stage), value in seconds.items():
                     times.setdefault((threads, name, stage), []).append(1e3 * value)
 
