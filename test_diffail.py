@@ -626,6 +626,7 @@ gym.register("Image-v0", entry_point=spaces_only(gym.spaces.Box(0, 255, (8, 8, 3
 gym.register("Unbounded-v0", entry_point=spaces_only(BOX, gym.spaces.Box(-np.inf, np.inf, (2,))))
 gym.register("Whole-v0", entry_point=spaces_only(BOX, gym.spaces.Box(0, 5, (2,), np.int64)))
 SMALL = dict(env_id="Corridor-v0", learning_starts=20, batch_size=64, buffer_size=500, sac_hidden_dim=8, eval_every=50, eval_episodes=2)
+SMALL |= dict(threads=1)  # with two, networks this small would but wait, on a busy machine for long
 
 
 def corridor_demos(path: Path, episodes: int = 3, env_id: str = "Corridor-v0") -> Path:
@@ -1095,7 +1096,7 @@ def test_command_line_end_to_end(script, flags, name, device, tmp_path):
 def pendulum_demos(folder: Path) -> list:
     """The arguments of a small DiffAIL run on Pendulum-v1, with demonstrations made for it."""
     small = ["--env-id", "Pendulum-v1", "--learning-starts", 150, "--batch-size", 16, "--sac-hidden-dim", 8]
-    small += ["--eval-every", 100, "--eval-episodes", 1]
+    small += ["--eval-every", 100, "--eval-episodes", 1, "--threads", 1]
     recording = ["--total-timesteps", 200, "--save-demos", folder / "demos.npz", "--output-dir", folder / "sac"]
     recorded = run("sac_baseline.py", *small, *recording)
     assert recorded.returncode == 0, recorded.stderr
@@ -1272,7 +1273,7 @@ def test_losses_are_checked_every_thousand_steps(tmp_path, monkeypatch, capsys):
 def test_the_whole_pipeline_learns_the_inverted_pendulum(tmp_path):
     small = ["--env-id", "InvertedPendulum-v4", "--sac-hidden-dim", 64, "--batch-size", 128, "--learning-starts", 500]
     small += ["--actor-lr", 1e-3, "--critic-lr", 1e-3, "--tau", 0.02, "--gamma", 0.98]
-    small += ["--eval-every", 1000, "--eval-episodes", 3, "--output-dir", tmp_path]
+    small += ["--eval-every", 1000, "--eval-episodes", 3, "--threads", 1, "--output-dir", tmp_path]
     demos = tmp_path / "InvertedPendulum-v4.npz"
     recording = ["--target-return", 900, "--save-demos", demos, "--demo-episodes", 2]
     expert = run("sac_baseline.py", *small, "--total-timesteps", 20_000, *recording)

@@ -78,7 +78,8 @@ def main():
         if finished(folder, further):
             continue
         command = [sys.executable, ROOT / f"{script}.py", "--env-id", env_id, "--num-trajectories", trajectories, "--seed", seed]
-        command += ["--state-only"] * (setting == "state-only") + ["--output-dir", options.output_dir, "--resume", *further]
+        command += ["--state-only"] * (setting == "state-only") + ["--output-dir", options.output_dir]
+        command += ["--threads", 1, "--resume", *further]
         waiting.append((folder, list(map(str, command))))
     with tqdm(total=len(grid), initial=len(grid) - len(waiting), unit=" runs") as progress:
         try:

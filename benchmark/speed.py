@@ -6,8 +6,9 @@
 
 The programs take turns, a few updates each, round after round, so that a busy moment of the machine falls on all of them; the table
 has the median of the rounds. What is timed is the scripts' own code, imported. The floor is the matrix products of one update alone,
-recorded as they happen and repeated with the same shapes. The whole program is `main`, environment included: the time from
-one step to the next, over its last ones, so that its start does not count; beside it, on a CPU, how much of that its stages took.
+recorded as they happen and repeated with the same shapes. The whole program is `main`, environment included, in a process
+of its own: the time from one step to the next, over its last ones, so that its start does not count; beside it, on a CPU, how much of
+that its stages took.
 """
 import argparse
 import contextlib
@@ -26,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import gymnasium
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -139,8 +141,9 @@ class Program:
 
 
 def stable_baselines(device: torch.device):
-    """SB3's SAC as it comes, and a function that makes it do n steps."""
+    """SB3's SAC as it comes: a function that makes it do n steps."""
     warnings.filterwarnings("ignore")
+    gymnasium.logger.min_level = gymnasium.logger.ERROR  # that v4 is out of date
     from stable_baselines3 import SAC
 
     agent = SAC("MlpPolicy", ENV_ID, learning_starts=100, device=device, seed=0)
@@ -163,7 +166,7 @@ def seconds_per_call(functions: dict, calls: int, device: torch.device) -> dict:
     return seconds
 
 
-def whole_program(script: str, device: str, threads: int, options: dict, steps: int = 200) -> dict[str, float]:
+def whole_program(script: str, options: dict, device: str, threads: int, steps: int = 200) -> dict[str, float]:
     """Seconds per learning step of `main`, over its last steps, and on a CPU how many of these are spent in its stages.
 
     For a process of its own: it leaves the script with timers in it."""
@@ -215,12 +218,23 @@ def whole_program(script: str, device: str, threads: int, options: dict, steps: 
     return {"whole program": whole} | ({"in its stages": in_stages} if device == "cpu" else {})
 
 
+def whole_stable_baselines(device: str, threads: int, steps: int = 200) -> dict[str, float]:
+    """Seconds per learning step of SB3's SAC, over its last steps, as `whole_program` has them of a script. For a process of its own."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    learn = stable_baselines(torch.device(device))
+    learn(50)
+    begin = time.perf_counter()
+    learn(steps)
+    return {"whole program": (time.perf_counter() - begin) / steps}
+
+
 def peak_memory(script: str, device: str, options: dict) -> float:
     """MiB of memory, not the GPU's, that a run of the script takes at most; Linux only."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / f"{script}.py", "--env-id", ENV_ID, "--device", device, "--output-dir", folder]
         command += [f"--{name.replace('_', '-')}" for name in options]
-        command += ["--learning-starts", "300", "--total-timesteps", "400", "--eval-every", "1000"]
+        command += ["--threads", "1", "--learning-starts", "300", "--total-timesteps", "400", "--eval-every", "1000"]
         process, peak = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
         while process.poll() is None:  # VmHWM is the peak so far; what wait4 reports has this process in it, from before the exec
             sizes = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
@@ -232,7 +246,7 @@ def peak_memory(script: str, device: str, options: dict) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=15, help="every third one with the whole programs, too")
+    parser.add_argument("--rounds", type=int, default=15, help="every fifth one with the whole programs, too")
     parser.add_argument("--calls", type=int, default=20, help="of each stage, per round")
     parser.add_argument("--output", type=Path, help="CSV to write")
     options = parser.parse_args()
@@ -242,40 +256,45 @@ def main():
     for script, extra in {"diffail": {"state_only": True}, "gail_baseline": {"state_only": True}, "sac_baseline": {}}.items():
         runs |= {f"{script}.py": (script, extra), f"{script}.py --compile": (script, extra | {"compile": True})}
     programs = {name: Program(script, device, **extra) for name, (script, extra) in runs.items()}
-    sb3 = stable_baselines(device)
+    learn = stable_baselines(device)
 
     rows, all_threads = [], (1, 2) if device.type == "cpu" else (1,)
     times = {}
     for round_ in range(-1, options.rounds):  # the first is for warming up
         for threads in all_threads:
             torch.set_num_threads(threads)
-            seconds = {("Stable-Baselines3 SAC", "step"): seconds_per_call({0: partial(sb3, options.calls)}, 1, device)[0] / options.calls}
+            learned = seconds_per_call({"learn": partial(learn, options.calls)}, 1, device)
+            seconds = {("Stable-Baselines3 SAC", "step"): learned["learn"] / options.calls}
             for name, program in programs.items():
                 for functions in (program.stages, {"step": program.step}, {"floor": program.floor}):
                     for stage, value in seconds_per_call(functions, options.calls, device).items():
                         seconds[name, stage] = value
             if round_ >= 0:
-                if round_ % 3 == 0:
-                    for name, (script, extra) in runs.items():
+                if round_ % 5 == 0:
+                    wholes = {name: partial(whole_program, *run) for name, run in runs.items()}
+                    for name, whole in (wholes | {"Stable-Baselines3 SAC": whole_stable_baselines}).items():
                         # In a process of its own, as a user runs it
                         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                            whole = process.submit(whole_program, script, options.device, threads, extra).result()
-                        seconds |= {(name, stage): value for stage, value in whole.items()}
+                            result = process.submit(whole, options.device, threads).result()
+                        seconds |= {(name, stage): value for stage, value in result.items()}
                 for (name, stage), value in seconds.items():
                     times.setdefault((threads, name, stage), []).append(1e3 * value)
 
     median = {key: float(np.median(values)) for key, values in times.items()}
     for threads in all_threads:
-        baseline = median[threads, "Stable-Baselines3 SAC", "step"]
-        print(f"\n{options.device}, {threads} threads: milliseconds; a step of Stable-Baselines3's SAC takes {baseline:.2f}\n")
-        print(f"{'':27}" + "".join(f"{column:>15}" for column in COLUMNS) + f"{'step / SB3':>12}{'step / floor':>14}")
+        sb3_step, sb3_whole = (median[threads, "Stable-Baselines3 SAC", stage] for stage in ("step", "whole program"))
+        print(f"\n{options.device}, {threads} threads, milliseconds", end="; ")
+        print(f"Stable-Baselines3's SAC: step {sb3_step:.2f}, whole program {sb3_whole:.2f}\n")
+        print(f"{'':27}" + "".join(f"{column:>15}" for column in COLUMNS) + f"{'step / SB3':>12}{'whole / SB3':>13}{'step / floor':>14}")
         for name in programs:
             values = {stage: value for (n, program, stage), value in median.items() if (n, program) == (threads, name)}
             values["sum"] = sum(values.get(stage, 0) for stage in STAGES)
             cells = "".join(f"{values[column]:15.2f}" if column in values else f"{'':15}" for column in COLUMNS)
-            print(f"{name:27}{cells}{values['step'] / baseline:12.2f}{values['step'] / values['floor']:14.2f}")
+            step, whole = values["step"], values["whole program"]
+            print(f"{name:27}{cells}{step / sb3_step:12.2f}{whole / sb3_whole:13.2f}{step / values['floor']:14.2f}")
             rows += [[options.device, threads, name, stage, f"{value:.4f}"] for stage, value in values.items()]
-        rows.append([options.device, threads, "Stable-Baselines3 SAC", "step", f"{baseline:.4f}"])
+        for stage, value in {"step": sb3_step, "whole program": sb3_whole}.items():
+            rows.append([options.device, threads, "Stable-Baselines3 SAC", stage, f"{value:.4f}"])
     print()
     for name, (script, extra) in runs.items():
         memory = peak_memory(script, options.device, extra)
