@@ -73,6 +73,7 @@ class Args:
     target_return: float | None = None  # stop as soon as the mean return of an evaluation reaches this
     save_demos: Path | None = None  # record the final deterministic policy to this .npz file
     demo_episodes: int = 16  # episodes to record
+    skip_terminated: bool = False  # record only episodes that reach the time limit, none that ends in a fall
 
     # The run
     eval_every: int = 10_000  # steps between evaluations
@@ -409,7 +410,7 @@ def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dic
 
 
 MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "checkpoint_every"}
-MAY_CHANGE_ON_RESUME |= {"target_return", "save_demos", "demo_episodes"}
+MAY_CHANGE_ON_RESUME |= {"target_return", "save_demos", "demo_episodes", "skip_terminated"}
 
 
 def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict) -> dict:
@@ -448,18 +449,30 @@ def check_new(path: Path):
 
 
 def record_demonstrations(path: Path, actor: Actor, env: gym.Env, args: Args, config: dict):
-    """Write episodes of the deterministic policy to a new .npz file, and print their returns."""
-    seeds = [episode_seed(args.seed, DEMONSTRATION, i) for i in range(args.demo_episodes)]
-    episodes = [play_episode(actor, env, seed) for seed in seeds]
+    """Write episodes of the deterministic policy to a new .npz file, and print their returns.
+
+    Exits with code 1 where, with --skip-terminated, more than nine episodes in ten would be left out."""
+    seeds, episodes, tried = [], [], 0
+    while len(episodes) < args.demo_episodes:
+        if tried == 10 * args.demo_episodes:
+            print(f"of {tried} episodes only {len(episodes)} reached the time limit: nothing was recorded")
+            raise SystemExit(1)
+        seed = episode_seed(args.seed, DEMONSTRATION, tried)
+        episode, tried = play_episode(actor, env, seed), tried + 1
+        if not (args.skip_terminated and episode["terminations"][-1]):
+            seeds.append(seed)
+            episodes.append(episode)
     returns = np.array([episode["rewards"].sum() for episode in episodes])
     arrays = {name: np.concatenate([episode[name] for episode in episodes]) for name in episodes[0]}
     arrays["actions"] = env.action(arrays["actions"])  # in the environment's units
     arrays = {name: array if array.dtype == bool else array.astype(np.float32) for name, array in arrays.items()}
     metadata = {"env_id": args.env_id, "returns": returns.tolist(), "episode_seeds": seeds, "seed": args.seed}
+    metadata["episodes_skipped"] = tried - len(episodes)
     metadata |= {name: config[name] for name in ("command", "commit", "resumed", "versions") if name in config}
     check_new(path)  # again: the training before this took its time
     write_file(path, lambda file: np.savez_compressed(file, metadata=json.dumps(metadata), **arrays))
-    print(f"{path}: {len(returns)} episodes, return {returns.mean():.1f} ± {returns.std():.1f}")
+    skipped = f", {tried - len(returns)} others skipped" if args.skip_terminated else ""
+    print(f"{path}: {len(returns)} episodes, return {returns.mean():.1f} ± {returns.std():.1f}{skipped}")
 
 
 # -------------------------------------------------------------------------------------------------------------- training

@@ -877,6 +877,20 @@ def test_demonstrations_survive_the_round_trip(tmp_path):
     np.testing.assert_allclose(demos.actions, 2 * actor(torch.from_numpy(demos.observations))[0].tanh().detach().numpy() - 1, rtol=1e-5)
 
 
+def test_episodes_that_end_in_a_fall_can_be_left_out(tmp_path, capsys):
+    actor, config = sac_baseline.Actor(2, 1, 8), dict(command="c", commit="d", versions={})
+    path, args = tmp_path / "demos.npz", sac_baseline.Args(demo_episodes=3, skip_terminated=True)
+    sac_baseline.record_demonstrations(path, actor, sac_baseline.make_env("Corridor-v0"), args, config)
+    with np.load(path) as file:
+        metadata = json.loads(file["metadata"].item())
+        assert file["truncations"].sum() == 3 and not file["terminations"].any()
+    assert metadata["episodes_skipped"] == 3 and "3 others skipped" in capsys.readouterr().out
+    assert metadata["episode_seeds"] == [diffail.episode_seed(1, sac_baseline.DEMONSTRATION, i) for i in (1, 3, 5)]
+    with pytest.raises(SystemExit) as exit_:
+        sac_baseline.record_demonstrations(tmp_path / "none.npz", actor, sac_baseline.make_env("Fall-v0"), args, config)
+    assert exit_.value.code == 1 and "of 30 episodes only 0 reached" in capsys.readouterr().out and not (tmp_path / "none.npz").exists()
+
+
 # --------------------------------------------------------------------------------------------------------- bad input
 
 
