@@ -4,8 +4,8 @@
     python benchmark/plot.py
 
 A result is called ENV__SCRIPT__SETTING__NUMBERtraj__sSEED.csv, or ...__VARIANT.csv where it was not made with the defaults.
-Further figures have the returns of the training episodes, the temperature where there are runs with and without --autotune, and the
-correlation of surrogate and true return where there are runs of both DiffAIL and GAIL.
+Further figures have the variants, the returns of the training episodes, the temperature where there are runs with and without --autotune,
+and the correlation of surrogate and true return where there are runs of both DiffAIL and GAIL.
 """
 import csv
 import itertools
@@ -25,6 +25,7 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79
 NAMES = {"diffail": "DiffAIL", "gail_baseline": "GAIL"}
 TEMPERATURES = {"": "alpha fixed", "autotune": "--autotune", "autotune-until-225k": "--autotune, alpha fixed from 225k on"}
 STYLES = [(BLUE, "-"), (ORANGE, "--"), (PURPLE, "-."), (GREEN, (0, (5, 1, 1, 1, 1, 1))), (SKY, (0, (8, 2)))]
+ALIKE = 0.05  # an evaluation whose episodes' returns have a standard deviation below this part of the expert's return
 
 
 @dataclass
@@ -138,14 +139,23 @@ def plot_returns(runs: list[Run], paper: dict, column: str, name: str):
 
 
 def plot_correlation(runs: list[Run], name: str):
-    """The correlation of surrogate and true return over the episodes of each evaluation, DiffAIL's beside GAIL's."""
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
-    for style, (label, seeds) in zip(itertools.cycle(STYLES), groups(runs).items(), strict=False):
-        plot_group(axes, seeds, "reward_correlation", style, label)
-    axes.axhline(0, color="black", lw=0.8)
-    axes.set(xlabel="environment steps (thousands)", ylabel="Pearson correlation of surrogate and true return", ylim=(-1.05, 1.05))
-    axes.set_title(title(runs[0]))
-    finish(figure, [axes], f"{name}__correlation.png")
+    """How the surrogate return goes with the true one, over the episodes of each evaluation, and over the evaluations of each run."""
+    figure, (within, across) = plt.subplots(2, figsize=(7, 9), layout="constrained")
+    expert = expert_return(runs[0].env_id)
+    for run, (colour, _), marker in zip(runs, STYLES, "os^Dv", strict=False):
+        steps, returns, stds, surrogate, correlation = (
+            run.columns[column] for column in ("step", "mean_return", "std_return", "mean_surrogate_return", "reward_correlation")
+        )
+        differ = stds >= ALIKE * expert
+        within.plot(steps[differ] / 1000, correlation[differ], marker, color=colour, ms=8)
+        within.plot(steps[~differ] / 1000, correlation[~differ], marker, color=colour, ms=5, mfc="none", alpha=0.6)
+        label = f"{NAMES[run.script]}, seed {run.seed}: r = {np.corrcoef(surrogate, returns)[0, 1]:.2f}"
+        across.plot(returns, (surrogate - surrogate.min()) / np.ptp(surrogate), marker, color=colour, ms=6, alpha=0.8, label=label)
+    within.plot([], [], "o", color=GREY, ms=5, mfc="none", label=f"hollow: returns differ by less than {100 * ALIKE:.0f} % of the expert's")
+    within.axhline(0, color="black", lw=0.8)
+    within.set(xlabel="environment steps (thousands)", ylabel="r over an evaluation's episodes", ylim=(-1.05, 1.05), title=title(runs[0]))
+    across.set(xlabel="mean return of an evaluation", ylabel="mean surrogate return,\nscaled to 0 … 1")
+    finish(figure, [within, across], f"{name}__correlation.png")
 
 
 def plot_temperature(runs: list[Run], panel: str):
@@ -194,15 +204,18 @@ def main():
     (HERE / "figures").mkdir(exist_ok=True)
     for (env_id, setting, trajectories), members in panels.items():
         name = f"{env_id}__{setting}__{trajectories}traj"
-        plot_returns(members, paper, "mean_return", name)
-        explored = [run for run in members if "training_return" in run.columns]
+        defaults = [run for run in members if not run.variant]
+        plot_returns(defaults, paper, "mean_return", name)
+        if len(defaults) < len(members):
+            plot_returns([run for run in members if run.script == "diffail"], paper, "mean_return", f"{name}__variants")
+        explored = [run for run in members if run.script == "diffail" and "training_return" in run.columns]
         if explored:
             plot_returns(explored, paper, "training_return", f"{name}__training")
         tuned = [run for run in (*members, *tried) if run.script == "diffail" and run.variant in TEMPERATURES]
         tuned = [run for run in tuned if (run.env_id, run.setting, run.trajectories, run.seed) == (env_id, setting, trajectories, 1)]
         if len(tuned) > 1:
             plot_temperature(tuned, name)
-        measured = [run for run in members if "reward_correlation" in run.columns]
+        measured = [run for run in defaults if "reward_correlation" in run.columns]
         if len({run.script for run in measured}) == 2:
             plot_correlation(measured, name)
     print(table(runs, paper))
