@@ -1459,6 +1459,7 @@ def test_readme_points_at_the_lines_it_names():
 def test_the_results_in_the_readme_are_those_of_the_files():
     rows = re.findall(r"^\| \[.*?\]\((benchmark/results/\S+)\.csv\) \|(.*)\|$", (HERE / "README.md").read_text(), re.M)
     assert {Path(name).name for name, _ in rows} == {path.stem for path in (HERE / "benchmark" / "results").glob("*traj__s*.csv")}
+    summary = re.search(r"\| environment, setting \|.*?\n\n", (HERE / "README.md").read_text(), re.S).group()
     for name, cells in rows:
         with open(HERE / f"{name}.csv", newline="") as file:
             evaluations = [(int(row["step"]), float(row["mean_return"])) for row in csv.DictReader(file)]
@@ -1478,5 +1479,10 @@ def test_the_results_in_the_readme_are_those_of_the_files():
         last = [value for _, value in evaluations[-5:]]
         for cell, value in ((best, max(value for _, value in evaluations)), (final, sum(last) / len(last))):
             assert cell == (f"{round(value)}, {round(100 * value / expert)} %" if finished or cell is not final else "")
+        if finished and name.endswith(f"__s{config['args']['seed']}"):  # with the defaults
+            env_id, _, setting = Path(name).name.split("__")[:3]
+            (line,) = re.findall(rf"^\| {env_id}, {setting} \|(.*)\|$", summary, re.M)
+            ours = line.split("|")[0 if algorithm == "DiffAIL" else 2]
+            assert f"{best.split(', ')[1]}, {final.split(', ')[1]}" in ours.strip().split("; ")
         parts = [part["commit"] for part in (config, *config.get("resumed", []))]
         assert commits.split(", ") == list(dict.fromkeys(commit[:7] for commit in parts)) and "dirty" not in "".join(parts)

@@ -1,4 +1,4 @@
-"""From benchmark/results/*.csv: learning curves to benchmark/figures/, and the README's table to the console.
+"""From benchmark/results/*.csv: learning curves to benchmark/figures/, and the README's tables to the console.
 
     pip install -r benchmark/requirements.txt
     python benchmark/plot.py
@@ -173,6 +173,25 @@ def plot_temperature(runs: list[Run], panel: str):
     finish(figure, panels, f"{panel}__temperature.png")
 
 
+def best_and_final(returns: np.ndarray, expert: float) -> str:
+    """The highest return, and the mean of the last five, in per cent of the expert's."""
+    return f"{100 * returns.max() / expert:.0f} %, {100 * returns[-5:].mean() / expert:.0f} %"
+
+
+def summary(panels: dict[tuple, list[Run]], paper: dict) -> str:
+    """Markdown: best and final return of each seed's finished run with the defaults, in per cent of the expert's, beside the paper's."""
+    lines = ["| environment, setting | DiffAIL | in the paper | GAIL | in the paper |", "|" + "---|" * 5]
+    for (env_id, setting, _), runs in panels.items():
+        cells = [f"{env_id}, {setting}"]
+        for script, name in NAMES.items():
+            done = [run for run in runs if run.script == script and run.finished and not run.variant]
+            ours = (best_and_final(run.columns["mean_return"], expert_return(env_id)) for run in done)  # in the order of the seeds
+            theirs, expert = (paper_curve(paper, runs[0], algorithm)[1] for algorithm in (name, "expert"))
+            cells += ["; ".join(ours), best_and_final(theirs, expert[0]) if len(theirs) else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def table(runs: list[Run], paper: dict) -> str:
     """Markdown: best and final return (mean of the last five evaluations) of every run, in per cent of the expert's, beside the paper's."""
     head = ["run", "steps", "first at the expert's return", "best", "final", "the paper's best and final", "commits"]
@@ -187,7 +206,7 @@ def table(runs: list[Run], paper: dict) -> str:
         cells += [f"{round(value)}, {round(100 * value / expert)} %" for value in (returns.max(), returns[-5:].mean())]
         cells[-1] = cells[-1] if run.finished else ""
         theirs, expert = (paper_curve(paper, run, algorithm)[1] for algorithm in (NAMES[run.script], "expert"))
-        cells += [f"{100 * theirs.max() / expert[0]:.0f} %, {100 * theirs[-5:].mean() / expert[0]:.0f} %" if len(theirs) else ""]
+        cells += [best_and_final(theirs, expert[0]) if len(theirs) else ""]
         parts = run.config, *run.config.get("resumed", [])
         cells += [", ".join(dict.fromkeys(part["commit"][:7] for part in parts))]
         lines.append(f"| {' | '.join(cells)} |")
@@ -218,7 +237,7 @@ def main():
         measured = [run for run in defaults if "reward_correlation" in run.columns]
         if len({run.script for run in measured}) == 2:
             plot_correlation(measured, name)
-    print(table(runs, paper))
+    print(summary(panels, paper), table(runs, paper), sep="\n\n")
 
 
 if __name__ == "__main__":
