@@ -73,7 +73,7 @@ class Args:
     target_return: float | None = None  # stop as soon as the mean return of an evaluation reaches this
     save_demos: Path | None = None  # record the final deterministic policy to this .npz file
     demo_episodes: int = 16  # episodes to record
-    skip_terminated: bool = False  # record only episodes that reach the time limit, none that ends in a fall
+    min_demo_return: float | None = None  # record only episodes with at least this return, and none that failed
 
     # The run
     eval_every: int = 10_000  # steps between evaluations
@@ -339,7 +339,7 @@ def fail(message: str) -> NoReturn:
 
 def check_numbers(args: Args):
     """Exit with code 2 where a number is out of range: counts begin at 1, most others at 0, and some end at 1."""
-    least = {"seed": 0, "alpha": 1e-6, "target_return": -math.inf, "target_entropy_per_dim": -math.inf}
+    least = {"seed": 0, "alpha": 1e-6} | dict.fromkeys(["target_return", "min_demo_return", "target_entropy_per_dim"], -math.inf)
     most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 1, "tau": 1, "sac_beta1": 0.999}
     for name, value in vars(args).items():
         if type(value) in (int, float):
@@ -410,7 +410,7 @@ def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dic
 
 
 MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "checkpoint_every"}
-MAY_CHANGE_ON_RESUME |= {"target_return", "save_demos", "demo_episodes", "skip_terminated"}
+MAY_CHANGE_ON_RESUME |= {"target_return", "save_demos", "demo_episodes", "min_demo_return"}
 
 
 def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict) -> dict:
@@ -451,15 +451,15 @@ def check_new(path: Path):
 def record_demonstrations(path: Path, actor: Actor, env: gym.Env, args: Args, config: dict):
     """Write episodes of the deterministic policy to a new .npz file, and print their returns.
 
-    Exits with code 1 where, with --skip-terminated, more than nine episodes in ten would be left out."""
+    Exits with code 1 where --min-demo-return leaves out more than nine episodes in ten."""
     seeds, episodes, tried = [], [], 0
     while len(episodes) < args.demo_episodes:
         if tried == 10 * args.demo_episodes:
-            print(f"of {tried} episodes only {len(episodes)} reached the time limit: nothing was recorded")
+            print(f"{len(episodes)} of {tried} episodes reached --min-demo-return {args.min_demo_return}: nothing was recorded")
             raise SystemExit(1)
         seed = episode_seed(args.seed, DEMONSTRATION, tried)
         episode, tried = play_episode(actor, env, seed), tried + 1
-        if not (args.skip_terminated and episode["terminations"][-1]):
+        if args.min_demo_return is None or episode["rewards"].sum() >= args.min_demo_return:
             seeds.append(seed)
             episodes.append(episode)
     returns = np.array([episode["rewards"].sum() for episode in episodes])
@@ -471,7 +471,7 @@ def record_demonstrations(path: Path, actor: Actor, env: gym.Env, args: Args, co
     metadata |= {name: config[name] for name in ("command", "commit", "resumed", "versions") if name in config}
     check_new(path)  # again: the training before this took its time
     write_file(path, lambda file: np.savez_compressed(file, metadata=json.dumps(metadata), **arrays))
-    skipped = f", {tried - len(returns)} others skipped" if args.skip_terminated else ""
+    skipped = f", {tried - len(returns)} others skipped" if args.min_demo_return is not None else ""
     print(f"{path}: {len(returns)} episodes, return {returns.mean():.1f} ± {returns.std():.1f}{skipped}")
 
 

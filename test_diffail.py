@@ -877,18 +877,27 @@ def test_demonstrations_survive_the_round_trip(tmp_path):
     np.testing.assert_allclose(demos.actions, 2 * actor(torch.from_numpy(demos.observations))[0].tanh().detach().numpy() - 1, rtol=1e-5)
 
 
-def test_episodes_that_end_in_a_fall_can_be_left_out(tmp_path, capsys):
+def test_failed_episodes_can_be_left_out(tmp_path, capsys):
     actor, config = sac_baseline.Actor(2, 1, 8), dict(command="c", commit="d", versions={})
-    path, args = tmp_path / "demos.npz", sac_baseline.Args(demo_episodes=3, skip_terminated=True)
-    sac_baseline.record_demonstrations(path, actor, sac_baseline.make_env("Corridor-v0"), args, config)
+    path, args = tmp_path / "demos.npz", sac_baseline.Args(demo_episodes=3, min_demo_return=35)
+    env = sac_baseline.make_env("Corridor-v0")
+    step = env.unwrapped.step
+
+    def step_with_failures(action):
+        observation, reward, *rest = step(action)
+        return observation, reward - (observation[1] == 1), *rest  # every other episode returns 30
+
+    env.unwrapped.step = step_with_failures
+    sac_baseline.record_demonstrations(path, actor, env, args, config)
     with np.load(path) as file:
-        metadata = json.loads(file["metadata"].item())
-        assert file["truncations"].sum() == 3 and not file["terminations"].any()
-    assert metadata["episodes_skipped"] == 3 and "3 others skipped" in capsys.readouterr().out
-    assert metadata["episode_seeds"] == [diffail.episode_seed(1, sac_baseline.DEMONSTRATION, i) for i in (1, 3, 5)]
+        metadata, rewards = json.loads(file["metadata"].item()), file["rewards"]
+    assert metadata["returns"] == [35.0] * 3 and rewards.shape == (15,)
+    assert metadata["episode_seeds"] == [diffail.episode_seed(1, sac_baseline.DEMONSTRATION, i) for i in (0, 2, 4)]
+    assert metadata["episodes_skipped"] == 2 and "2 others skipped" in capsys.readouterr().out
+    args.min_demo_return = 36
     with pytest.raises(SystemExit) as exit_:
-        sac_baseline.record_demonstrations(tmp_path / "none.npz", actor, sac_baseline.make_env("Fall-v0"), args, config)
-    assert exit_.value.code == 1 and "of 30 episodes only 0 reached" in capsys.readouterr().out and not (tmp_path / "none.npz").exists()
+        sac_baseline.record_demonstrations(tmp_path / "none.npz", actor, env, args, config)
+    assert exit_.value.code == 1 and "0 of 30 episodes reached" in capsys.readouterr().out and not (tmp_path / "none.npz").exists()
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
