@@ -69,17 +69,15 @@ class Args:
     demos: Path | None = None  # demonstrations (.npz); None: demos/ENV_ID.npz beside this script
     num_trajectories: int = 1  # demonstrated episodes to learn from, the first ones of the file
     seed: int = 1  # of everything random: networks, exploration, minibatches, noise, environment
-
-    # None: the value for the environment, see ENVIRONMENT_DEFAULTS
-    total_timesteps: int | None = None  # environment steps
-    hidden_dim: int | None = None  # units in each of the three hidden layers of the noise predictor
-    grad_penalty: float | None = None  # weight lambda of the gradient penalty
-    normalize_observations: bool | None = None  # by the mean and standard deviation of the demonstrations in use
-    ignore_terminations: bool | None = None  # in training, go on after a fall, up to the time limit
+    total_timesteps: int | None = None  # environment steps; None: 750,000 for Hopper and Walker2d, 500,000 for all others
+    steps_after_termination: int = 100  # so long a training episode goes on after a fall; 1,000: as in the released code
+    normalize_observations: bool = False  # by the mean and standard deviation of the demonstrations in use
 
     # Discriminator and surrogate reward
+    hidden_dim: int = 128  # units in each of the three hidden layers of the noise predictor
     diffusion_steps: int = 10  # T
     noise_schedule: Literal["linear", "cosine", "vp"] = "linear"  # of the variances beta_1 ... beta_T
+    grad_penalty: float = 0.1  # weight lambda of the gradient penalty
     reward_form: Literal["released", "paper"] = "released"  # D: mean of exp(-squared error), or exp(-mean of L)
     reward_scale: float = 2.0  # factor on the surrogate reward
     discriminator_lr: float = 3e-5  # Adam learning rate of the discriminator
@@ -110,13 +108,7 @@ class Args:
     compile: bool = False  # compile losses and gradients: up to a quarter less time per step with one thread; needs a C++ compiler
 
 
-# The released hyperparameters by body, with the paper's 500,000 steps for Ant (released: 1,000,000). Others get HalfCheetah's.
-ENVIRONMENT_DEFAULTS = {
-    "HalfCheetah": dict(total_timesteps=500_000, grad_penalty=0.1, hidden_dim=128, normalize_observations=False, ignore_terminations=False),
-    "Hopper": dict(total_timesteps=750_000, grad_penalty=0.0, hidden_dim=256, normalize_observations=True, ignore_terminations=True),
-    "Walker2d": dict(total_timesteps=750_000, grad_penalty=0.001, hidden_dim=128, normalize_observations=True, ignore_terminations=True),
-    "Ant": dict(total_timesteps=500_000, grad_penalty=0.1, hidden_dim=128, normalize_observations=False, ignore_terminations=True),
-}
+TOTAL_TIMESTEPS = {"Hopper": 750_000, "Walker2d": 750_000}  # as in the paper; for the others 500,000
 
 
 # ------------------------------------------------------------------------------------ discriminator and surrogate reward
@@ -596,7 +588,8 @@ def fail(message: str) -> NoReturn:
 
 def check_numbers(args: Args):
     """Exit with code 2 where a number is out of range: counts begin at 1, most others at 0, and some end at 1."""
-    least = {"seed": 0, "alpha": 1e-6} | dict.fromkeys(["target_return", "min_demo_return", "target_entropy_per_dim"], -math.inf)
+    least = {"seed": 0, "steps_after_termination": 0, "alpha": 1e-6}
+    least |= dict.fromkeys(["target_return", "min_demo_return", "target_entropy_per_dim"], -math.inf)
     most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 1, "tau": 1, "sac_beta1": 0.999}
     for name, value in vars(args).items():
         if type(value) in (int, float):
@@ -749,9 +742,8 @@ TRAINING, EVALUATION = range(2)  # streams of episode seeds
 def main(args: Args):
     # Set-up: everything is checked before anything is written.
     body = args.env_id.split("/")[-1].split("-v")[0]
-    for name, value in ENVIRONMENT_DEFAULTS.get(body, ENVIRONMENT_DEFAULTS["HalfCheetah"]).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    if args.total_timesteps is None:
+        args.total_timesteps = TOTAL_TIMESTEPS.get(body, 500_000)
     check_numbers(args)
     if args.learning_starts >= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} leaves nothing to learn in --total-timesteps {args.total_timesteps}")
@@ -810,7 +802,7 @@ def main(args: Args):
     losses, stop = {}, catch_stop_signals()
     progress = tqdm(total=args.total_timesteps, initial=start, unit=" steps", disable=None, dynamic_ncols=True)
     observation, _ = env.reset(seed=episode_seed(args.seed, TRAINING, episode))
-    episode_return, episode_length, fallen, last_checkpoint, clock = 0.0, 0, False, start, time.perf_counter() - wall_time
+    episode_return, episode_length, since_termination, last_checkpoint, clock = 0.0, 0, 0, start, time.perf_counter() - wall_time
 
     def checkpoint(step: int):
         check_finite(losses | agent.state_dict(), step)
@@ -836,14 +828,14 @@ def main(args: Args):
         buffer.add(observation, action, next_observation)
         observation = next_observation
 
-        if not fallen:  # what comes after a fall is learned from, but no part of the return
+        if not since_termination:  # what comes after a fall is learned from, but no part of the return
             episode_return, episode_length = episode_return + float(reward), episode_length + 1
-        fallen = fallen or terminated
-        done = truncated or (fallen and not args.ignore_terminations)
+        since_termination += int(terminated or since_termination > 0)
+        done = truncated or since_termination > args.steps_after_termination
         if done:
             writer.add_scalar("charts/episodic_return", episode_return, step)
             writer.add_scalar("charts/episodic_length", episode_length, step)
-            episode, episode_return, episode_length, fallen = episode + 1, 0.0, 0, False
+            episode, episode_return, episode_length, since_termination = episode + 1, 0.0, 0, 0
             observation, _ = env.reset(seed=episode_seed(args.seed, TRAINING, episode))
         progress.update()
 

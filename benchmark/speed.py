@@ -70,8 +70,6 @@ class Program:
     def __init__(self, script: str, device: torch.device, **options):
         module = importlib.import_module(script)
         args = module.Args(env_id=ENV_ID, batch_size=BATCH_SIZE, **options)
-        for name, value in getattr(module, "ENVIRONMENT_DEFAULTS", {}).get("HalfCheetah", {}).items():
-            setattr(args, name, value)
         env = module.make_env(ENV_ID)
         (o,), (a,) = env.observation_space.shape, env.action_space.shape
         if hasattr(args, "alpha"):
