@@ -70,9 +70,9 @@ class Args:
     seed: int = 1  # of everything random: networks, exploration, minibatches, noise, environment
     total_timesteps: int | None = None  # environment steps; None: 750,000 for Hopper and Walker2d, 500,000 for all others
     steps_after_termination: int = 100  # so long a training episode goes on after a fall; 1,000: as in the released code
-    normalize_observations: bool = False  # by the mean and standard deviation of the demonstrations in use
 
     # Discriminator and surrogate reward
+    normalize: bool = True  # scale x to the demonstrations' mean 0 and standard deviation 1, for the discriminator only
     hidden_dim: int = 128  # units in each of the two hidden layers of the discriminator
     grad_penalty: float = 4.0  # weight lambda of the gradient penalty
     reward_form: Literal["released", "paper"] = "released"  # log D as in the DiffAIL authors' GAIL, or -log(1 - D)
@@ -274,6 +274,8 @@ class GAIL(nn.Module):
         self.critic = TwinCritic(observation_dim, action_dim, args.sac_hidden_dim)
         self.target_critic = copy.deepcopy(self.critic)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
+        self.register_buffer("x_mean", torch.zeros(input_dim))
+        self.register_buffer("x_std", torch.ones(input_dim))
         self.to(device)
         self.gradients = compiled(gradients) if args.compile else gradients
         adam = partial(torch.optim.Adam, fused=True, capturable=True)  # capturable in a CUDA graph
@@ -285,7 +287,16 @@ class GAIL(nn.Module):
 
     def discriminator_input(self, observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:
         """x, [B, d]."""
-        return torch.cat([observations, next_observations if self.args.state_only else actions], dim=-1)
+        x = torch.cat([observations, next_observations if self.args.state_only else actions], dim=-1)
+        return (x - self.x_mean) / self.x_std
+
+    def set_expert(self, observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:
+        """The expert's x [N, d], with --normalize scaled by its own mean and standard deviation, and all later x by the same."""
+        expert_x = self.discriminator_input(observations, actions, next_observations)
+        if self.args.normalize:
+            std = expert_x.std(0)
+            self.x_mean, self.x_std = expert_x.mean(0), std.masked_fill(std < 1e-6, 1.0)  # what never moves is only centred
+        return self.discriminator_input(observations, actions, next_observations)
 
     def update(self, expert_x: Tensor, buffer: ReplayBuffer) -> dict[str, Tensor]:
         """One step on everything, with the expert's x [N, d]; returns what is worth logging. Nothing in it waits for the GPU."""
@@ -368,8 +379,8 @@ class GraphedUpdate:
 # -------------------------------------------------------------------------------------------- environment and evaluation
 
 
-def make_env(env_id: str, observation_mean: np.ndarray | float = 0.0, observation_std: np.ndarray | float = 1.0) -> gym.Env:
-    """A Gymnasium environment with actions in [-1, 1] and observations (o - mean) / std in float32.
+def make_env(env_id: str) -> gym.Env:
+    """A Gymnasium environment with actions in [-1, 1] and observations in float32.
 
     Exits with code 2 where the environment is unknown or a space is not a one-dimensional Box (bounded, for actions)."""
     gym.logger.min_level = gym.logger.ERROR  # Gymnasium warns that v4 is out of date; here v4 is meant
@@ -385,7 +396,7 @@ def make_env(env_id: str, observation_mean: np.ndarray | float = 0.0, observatio
     if not env.action_space.is_bounded() or (env.action_space.low >= env.action_space.high).any():
         fail(f"{env_id}: the action space must have finite bounds, the lower ones below the upper, not {env.action_space}")
     box = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
-    env = gym.wrappers.TransformObservation(env, lambda o: ((o - observation_mean) / observation_std).astype(np.float32), box)
+    env = gym.wrappers.TransformObservation(env, lambda o: o.astype(np.float32), box)
     return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
 
 
@@ -618,25 +629,20 @@ def main(args: Args):
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # dead units leave denormal moments in Adam; arithmetic on those is many times slower
     torch.manual_seed(args.seed)
-    env = make_env(args.env_id)  # for its spaces; observations are scaled once the demonstrations are known
+    env, eval_env = make_env(args.env_id), make_env(args.env_id)
     (observation_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
     args.alpha = args.alpha or 0.12 / action_dim  # the entropy grows with the dimensions, the surrogate reward does not
     demos_path = args.demos or Path(__file__).parent / "demos" / f"{args.env_id}.npz"
     demos = load_demonstrations(demos_path, args.env_id, args.num_trajectories, env)
-    mean, std = np.zeros(observation_dim, np.float32), np.ones(observation_dim, np.float32)
-    if args.normalize_observations:
-        mean, std = demos.observations.mean(0), demos.observations.std(0)
-        std[std < 1e-6] = 1.0  # a coordinate that never moves is only centred
-    env, eval_env = make_env(args.env_id, mean, std), make_env(args.env_id, mean, std)
 
     setting = "state-only" if args.state_only else "state-action"
     run_dir = args.output_dir / f"{args.env_id}__gail_baseline__{setting}__{args.num_trajectories}traj__s{args.seed}"
 
     low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
     expert_actions = (2 * (demos.actions - low) / (high - low) - 1).astype(np.float32)
-    expert_arrays = (demos.observations - mean) / std, expert_actions, (demos.next_observations - mean) / std
+    expert_arrays = demos.observations, expert_actions, demos.next_observations
     agent = GAIL(observation_dim, action_dim, args, device)
-    expert_x = agent.discriminator_input(*(torch.from_numpy(array).to(device) for array in expert_arrays))
+    expert_x = agent.set_expert(*(torch.from_numpy(array).to(device) for array in expert_arrays))
     buffer = ReplayBuffer(args.buffer_size, (observation_dim, action_dim, observation_dim), device)
     update = partial(agent.update, expert_x, buffer)
     if device.type == "cuda":
@@ -729,7 +735,6 @@ def main(args: Args):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     check_finite(losses | agent.state_dict(), step)
     policy = {"actor": agent.actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}
-    policy |= {"observation_mean": torch.from_numpy(mean), "observation_std": torch.from_numpy(std)}
     write_file(run_dir / "policy.pt", lambda file: torch.save(policy, file))
     finished = {"finished_at_step": step, "wall_time_seconds": round(time.perf_counter() - clock), "expert_return": demos.expert_return}
     write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config | finished, indent=2).encode()))

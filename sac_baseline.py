@@ -274,8 +274,8 @@ class GraphedUpdate:
 # -------------------------------------------------------------------------------------------- environment and evaluation
 
 
-def make_env(env_id: str, observation_mean: np.ndarray | float = 0.0, observation_std: np.ndarray | float = 1.0) -> gym.Env:
-    """A Gymnasium environment with actions in [-1, 1] and observations (o - mean) / std in float32.
+def make_env(env_id: str) -> gym.Env:
+    """A Gymnasium environment with actions in [-1, 1] and observations in float32.
 
     Exits with code 2 where the environment is unknown or a space is not a one-dimensional Box (bounded, for actions)."""
     gym.logger.min_level = gym.logger.ERROR  # Gymnasium warns that v4 is out of date; here v4 is meant
@@ -291,7 +291,7 @@ def make_env(env_id: str, observation_mean: np.ndarray | float = 0.0, observatio
     if not env.action_space.is_bounded() or (env.action_space.low >= env.action_space.high).any():
         fail(f"{env_id}: the action space must have finite bounds, the lower ones below the upper, not {env.action_space}")
     box = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
-    env = gym.wrappers.TransformObservation(env, lambda o: ((o - observation_mean) / observation_std).astype(np.float32), box)
+    env = gym.wrappers.TransformObservation(env, lambda o: o.astype(np.float32), box)
     return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
 
 
@@ -594,7 +594,6 @@ def main(args: Args):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     check_finite(losses | agent.state_dict(), step)
     policy = {"actor": agent.actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}
-    policy |= {"observation_mean": torch.zeros(observation_dim), "observation_std": torch.ones(observation_dim)}
     write_file(run_dir / "policy.pt", lambda file: torch.save(policy, file))
     finished = {"finished_at_step": step, "wall_time_seconds": round(time.perf_counter() - clock)}
     write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config | finished, indent=2).encode()))

@@ -23,8 +23,9 @@ HERE = Path(__file__).parent
 # Okabe and Ito: for colour-blind readers too
 BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#555555"
 NAMES = {"diffail": "DiffAIL", "gail_baseline": "GAIL"}
-TEMPERATURES = {"": "alpha fixed", "autotune": "--autotune", "autotune-until-225k": "--autotune, alpha fixed from 225k on"}
+TEMPERATURES = {"no-normalize": "alpha fixed", "autotune": "--autotune", "autotune-until-225k": "--autotune, alpha fixed from 225k on"}
 STYLES = [(BLUE, "-"), (ORANGE, "--"), (PURPLE, "-."), (GREEN, (0, (5, 1, 1, 1, 1, 1))), (SKY, (0, (8, 2)))]
+COMPARED = ("", "no-normalize")  # variants that stand side by side: the defaults, and x as it is
 ALIKE = 0.05  # an evaluation whose episodes' returns have a standard deviation below this part of the expert's return
 
 
@@ -180,14 +181,17 @@ def best_and_final(returns: np.ndarray, expert: float) -> str:
 
 def summary(panels: dict[tuple, list[Run]], paper: dict) -> str:
     """Markdown: best and final return of each seed's finished run with the defaults, in per cent of the expert's, beside the paper's."""
-    lines = ["| environment, setting | DiffAIL | in the paper | GAIL | in the paper |", "|" + "---|" * 5]
+    head = [cell for name in NAMES.values() for cell in (name, f"{name}, `--no-normalize`", "in the paper")]
+    lines = [f"| environment, setting | {' | '.join(head)} |", "|" + "---|" * (1 + len(head))]
     for (env_id, setting, _), runs in panels.items():
         cells = [f"{env_id}, {setting}"]
         for script, name in NAMES.items():
-            done = [run for run in runs if run.script == script and run.finished and not run.variant]
-            ours = (best_and_final(run.columns["mean_return"], expert_return(env_id)) for run in done)  # in the order of the seeds
+            for variant in COMPARED:
+                done = [run for run in runs if run.script == script and run.finished and run.variant == variant]
+                ours = (best_and_final(run.columns["mean_return"], expert_return(env_id)) for run in done)  # in the order of the seeds
+                cells.append("; ".join(ours))
             theirs, expert = (paper_curve(paper, runs[0], algorithm)[1] for algorithm in (name, "expert"))
-            cells += ["; ".join(ours), best_and_final(theirs, expert[0]) if len(theirs) else ""]
+            cells.append(best_and_final(theirs, expert[0]) if len(theirs) else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -223,9 +227,9 @@ def main():
     (HERE / "figures").mkdir(exist_ok=True)
     for (env_id, setting, trajectories), members in panels.items():
         name = f"{env_id}__{setting}__{trajectories}traj"
-        defaults = [run for run in members if not run.variant]
-        plot_returns(defaults, paper, "mean_return", name)
-        if len(defaults) < len(members):
+        shown = [run for run in members if run.variant in COMPARED] or members
+        plot_returns(shown, paper, "mean_return", name)
+        if len(shown) < len(members):
             plot_returns([run for run in members if run.script == "diffail"], paper, "mean_return", f"{name}__variants")
         explored = [run for run in members if run.script == "diffail" and "training_return" in run.columns]
         if explored:
@@ -234,9 +238,10 @@ def main():
         tuned = [run for run in tuned if (run.env_id, run.setting, run.trajectories, run.seed) == (env_id, setting, trajectories, 1)]
         if len(tuned) > 1:
             plot_temperature(tuned, name)
-        measured = [run for run in defaults if "reward_correlation" in run.columns]
-        if len({run.script for run in measured}) == 2:
-            plot_correlation(measured, name)
+        for variant in reversed(COMPARED):  # like with like; the defaults last, where there are both
+            measured = [run for run in members if run.variant == variant and "reward_correlation" in run.columns]
+            if len({run.script for run in measured}) == 2:
+                plot_correlation(measured, name)
     print(summary(panels, paper), table(runs, paper), sep="\n\n")
 
 

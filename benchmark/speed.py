@@ -85,7 +85,7 @@ class Program:
         buffer.position = STORED
         observation, _ = env.reset(seed=0)
         first = [part[:1000] for part in demos]  # one demonstration
-        learner = [] if script == "sac_baseline" else [agent.discriminator_input(*first)]
+        learner = [] if script == "sac_baseline" else [agent.set_expert(*first)]
 
         def sample():
             self.batch = buffer.sample(BATCH_SIZE)
