@@ -1,7 +1,7 @@
 """DiffAIL: adversarial imitation learning whose discriminator is a diffusion model, in one file.
 
 Wang et al., "DiffAIL: Diffusion Adversarial Imitation Learning", AAAI 2024, arXiv 2312.06348. For x = [s, a], or the pair of
-states x = [s, s'] with --state-only, of dimension d:
+states x = [s, s'] with --state-only, of dimension d, normalised by the expert's mean and standard deviation:
 
     x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps                     forward diffusion       DiffusionDiscriminator.noised
     L(x, eps, t) = mean over d of (eps - eps_phi(x_t, t))^2         diffusion loss          DiffusionDiscriminator.diffusion_loss
@@ -73,7 +73,7 @@ class Args:
     steps_after_termination: int = 100  # so long a training episode goes on after a fall; 1,000: as in the released code
 
     # Discriminator and surrogate reward
-    normalize: bool = True  # scale x to the demonstrations' mean 0 and standard deviation 1, for the discriminator only
+    normalize: bool = True  # scale x by the mean and standard deviation of the demonstrations in use; SAC's inputs stay as they are
     hidden_dim: int = 128  # units in each of the three hidden layers of the noise predictor
     diffusion_steps: int = 10  # T
     noise_schedule: Literal["linear", "cosine", "vp"] = "linear"  # of the variances beta_1 ... beta_T
@@ -424,7 +424,7 @@ class DiffAIL(nn.Module):
         return (x - self.x_mean) / self.x_std
 
     def set_expert(self, observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:
-        """The expert's x [N, d], with --normalize scaled by its own mean and standard deviation, and all later x by the same.
+        """The expert's x [N, d], with --normalize by its own mean and standard deviation, and all later x by the same.
 
         The diffusion's noise is alike in all coordinates, up to 0.3 for t = T: one that moves less, as Hopper's torso angle by 0.05,
         drowns in it. Without scaling our Hopper learned to hop as the expert does, but leaning over too far."""

@@ -1,7 +1,7 @@
 """GAIL, generative adversarial imitation learning, on the same SAC as diffail.py and in the same order: the baseline, in one file.
 
 Ho & Ermon, "Generative Adversarial Imitation Learning", NeurIPS 2016, arXiv 1606.03476. With --state-only it is GAIfO (Torabi et al. 2018,
-arXiv 1807.06158). For x = [s, a], or the pair of states x = [s, s'] with --state-only, of dimension d:
+arXiv 1807.06158). For x = [s, a], or with --state-only [s, s'], of dimension d, normalised by the expert's mean and standard deviation:
 
     D(x) = sigmoid(f(x))                                            discriminator           MLPDiscriminator
     min_f    (-E_expert[log D] - E_policy[log(1 - D)]) / 2          objective               binary_cross_entropy
@@ -72,7 +72,7 @@ class Args:
     steps_after_termination: int = 100  # so long a training episode goes on after a fall; 1,000: as in the released code
 
     # Discriminator and surrogate reward
-    normalize: bool = True  # scale x to the demonstrations' mean 0 and standard deviation 1, for the discriminator only
+    normalize: bool = True  # scale x by the mean and standard deviation of the demonstrations in use; SAC's inputs stay as they are
     hidden_dim: int = 128  # units in each of the two hidden layers of the discriminator
     grad_penalty: float = 4.0  # weight lambda of the gradient penalty
     reward_form: Literal["released", "paper"] = "released"  # log D as in the DiffAIL authors' GAIL, or -log(1 - D)
@@ -291,7 +291,7 @@ class GAIL(nn.Module):
         return (x - self.x_mean) / self.x_std
 
     def set_expert(self, observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:
-        """The expert's x [N, d], with --normalize scaled by its own mean and standard deviation, and all later x by the same."""
+        """The expert's x [N, d], with --normalize by its own mean and standard deviation, and all later x by the same."""
         expert_x = self.discriminator_input(observations, actions, next_observations)
         if self.args.normalize:
             std = expert_x.std(0)
