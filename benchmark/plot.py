@@ -1,11 +1,12 @@
-"""From benchmark/results/*.csv: learning curves to benchmark/figures/, and the README's tables to the console.
+"""From benchmark/results/*.csv: learning curves to benchmark/figures/, and the tables of README.md and results/README.md to the console.
 
     pip install -r benchmark/requirements.txt
     python benchmark/plot.py
 
 A result is called ENV__SCRIPT__SETTING__NUMBERtraj__sSEED.csv, or ...__VARIANT.csv where it was not made with the defaults.
-Further figures have the variants, the returns of the training episodes, the temperature where there are runs with and without --autotune,
-and the correlation of surrogate and true return where there are runs of both DiffAIL and GAIL.
+overview.png has all environments and settings, in per cent of the expert's return. Further figures have the variants, the returns of the
+training episodes, the temperature where there are runs with and without --autotune, and the correlation of surrogate and true return
+where there are runs of both DiffAIL and GAIL.
 """
 import csv
 import itertools
@@ -23,6 +24,7 @@ HERE = Path(__file__).parent
 # Okabe and Ito: for colour-blind readers too
 BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#555555"
 NAMES = {"diffail": "DiffAIL", "gail_baseline": "GAIL"}
+ENVIRONMENTS = "HalfCheetah-v4", "Ant-v4", "Hopper-v4", "Walker2d-v4"
 TEMPERATURES = {"no-normalize": "alpha fixed", "autotune": "--autotune", "autotune-until-225k": "--autotune, alpha fixed from 225k on"}
 STYLES = [(BLUE, "-"), (ORANGE, "--"), (PURPLE, "-."), (GREEN, (0, (5, 1, 1, 1, 1, 1))), (SKY, (0, (8, 2)))]
 COMPARED = ("", "no-normalize")  # variants that stand side by side: the defaults, and x as it is
@@ -40,6 +42,7 @@ class Run:
     def __post_init__(self):
         self.env_id, self.script, self.setting, trajectories, seed, *variant = self.path.stem.split("__")
         self.trajectories, self.seed, self.variant = int(trajectories.removesuffix("traj")), int(seed[1:]), " ".join(variant)
+        self.cell = self.env_id, self.setting, self.trajectories
         self.finished = "finished_at_step" in self.config
         training = self.path.parent / "training" / self.path.name
         self.training = read_columns(training) if training.exists() else {}
@@ -70,12 +73,12 @@ def expert_return(env_id: str) -> float:
         return float(np.mean(json.loads(file["metadata"].item())["returns"]))
 
 
-def paper_curve(paper: dict, run: Run, algorithm: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and mean returns of the paper's seeds in the run's environment, setting and trajectories; empty where the paper has none.
+def paper_curve(paper: dict, env_id: str, setting: str, trajectories: int, algorithm: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and mean returns of the paper's seeds in this environment, setting and number of trajectories; empty where it has none.
 
     The authors' plotting script draws at t the mean of the evaluations at t, t + 10k, t + 20k and t + 30k steps: here it is at t + 15k."""
-    rows = (paper["env"] == run.env_id.split("-v")[0]) & (paper["setting"] == run.setting)
-    rows &= (paper["algorithm"] == algorithm) & (paper["trajectories"] == run.trajectories)
+    rows = (paper["env"] == env_id.split("-v")[0]) & (paper["setting"] == setting)
+    rows &= (paper["algorithm"] == algorithm) & (paper["trajectories"] == trajectories)
     return paper["step"][rows] + 15_000, paper["mean_return"][rows]
 
 
@@ -106,7 +109,8 @@ def finish(figure: plt.Figure, panels: list[plt.Axes], name: str):
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=1, frameon=False)
+    labelled = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=1, frameon=False)
     figure.savefig(HERE / "figures" / name, dpi=150)
     plt.close(figure)
     print(HERE / "figures" / name)
@@ -128,7 +132,7 @@ def plot_returns(runs: list[Run], paper: dict, column: str, name: str):
     figure, axes = plt.subplots(figsize=(7, 5.9), layout="constrained")
     mark_expert(axes, runs[0].env_id)
     for algorithm, line in (("DiffAIL", (0, (1, 1))), ("GAIL", (0, (1, 4)))) if column == "mean_return" else ():
-        steps, returns = paper_curve(paper, runs[0], algorithm)
+        steps, returns = paper_curve(paper, *runs[0].cell, algorithm)
         if len(steps):
             label = f"{algorithm} in the paper, mean of 5 seeds, smoothed"
             axes.plot(steps / 1000, returns, linestyle=line, color=GREY, lw=2.2, label=label)
@@ -137,6 +141,32 @@ def plot_returns(runs: list[Run], paper: dict, column: str, name: str):
     ylabel = "return" if column == "mean_return" else "return of training episodes"
     axes.set(xlabel="environment steps (thousands)", ylabel=ylabel, title=title(runs[0]))
     finish(figure, [axes], f"{name}.png")
+
+
+def plot_overview(panels: dict[tuple, list[Run]], paper: dict):
+    """All environments and settings, one trajectory, the defaults: our runs and the paper's, each in per cent of its own expert."""
+    figure, axes = plt.subplots(len(ENVIRONMENTS), 2, figsize=(9, 12), sharey=True, layout="constrained")
+    for panel, (env_id, setting) in zip(axes.flat, itertools.product(ENVIRONMENTS, ("state-action", "state-only")), strict=True):
+        panel.axhline(100, color="black", lw=1.2, label="expert")
+        _, paper_expert = paper_curve(paper, env_id, setting, 1, "expert")
+        for (script, name), (colour, line) in zip(NAMES.items(), STYLES, strict=False):
+            steps, returns = paper_curve(paper, env_id, setting, 1, name)
+            if len(steps):
+                label = f"{name} in the paper, mean of 5 seeds, smoothed"
+                panel.plot(steps / 1000, 100 * returns / paper_expert[0], linestyle=":", color=colour, lw=1.6, alpha=0.8, label=label)
+            runs = [run for run in panels.get((env_id, setting, 1), ()) if (run.script, run.variant) == (script, "")]
+            if runs:
+                n = min(len(run.columns["step"]) for run in runs)
+                shares = 100 * np.array([run.columns["mean_return"][:n] for run in runs]) / expert_return(env_id)
+                steps = runs[0].columns["step"][:n] / 1000
+                panel.plot(steps, shares.mean(0), linestyle=line, color=colour, lw=2.2, label=f"{name} here, mean and range of its seeds")
+                panel.fill_between(steps, shares.min(0), shares.max(0), color=colour, alpha=0.18, lw=0)
+        panel.set(title=f"{env_id}, {setting}", ylim=(-30, 135))
+    for panel in axes[-1]:
+        panel.set_xlabel("environment steps (thousands)")
+    for panel in axes[:, 0]:
+        panel.set_ylabel("% of the expert's return")
+    finish(figure, list(axes.flat), "overview.png")
 
 
 def plot_correlation(runs: list[Run], name: str):
@@ -183,14 +213,15 @@ def summary(panels: dict[tuple, list[Run]], paper: dict) -> str:
     """Markdown: best and final return of each seed's finished run with the defaults, in per cent of the expert's, beside the paper's."""
     head = [cell for name in NAMES.values() for cell in (name, f"{name}, `--no-normalize`", "in the paper")]
     lines = [f"| environment, setting | {' | '.join(head)} |", "|" + "---|" * (1 + len(head))]
-    for (env_id, setting, _), runs in panels.items():
+    for cell, runs in panels.items():
+        env_id, setting, _ = cell
         cells = [f"{env_id}, {setting}"]
         for script, name in NAMES.items():
             for variant in COMPARED:
                 done = [run for run in runs if run.script == script and run.finished and run.variant == variant]
                 ours = (best_and_final(run.columns["mean_return"], expert_return(env_id)) for run in done)  # in the order of the seeds
                 cells.append("; ".join(ours))
-            theirs, expert = (paper_curve(paper, runs[0], algorithm)[1] for algorithm in (name, "expert"))
+            theirs, expert = (paper_curve(paper, *cell, algorithm)[1] for algorithm in (name, "expert"))
             cells.append(best_and_final(theirs, expert[0]) if len(theirs) else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -204,12 +235,12 @@ def table(runs: list[Run], paper: dict) -> str:
         expert, steps, returns = expert_return(run.env_id), run.columns["step"], run.columns["mean_return"]
         above = steps[returns >= expert]
         cells = [f"[{run.env_id}, {NAMES[run.script]}, {run.setting}, seed {run.seed}{', ' * bool(run.variant)}{run.variant}]"
-                 f"(benchmark/results/{run.path.name})"]  # fmt: skip
+                 f"({run.path.name})"]  # fmt: skip
         cells += ["stopped at " * (not run.finished) + f"{steps[-1] / 1000:.0f}k"]
         cells += [f"{above[0] / 1000:.0f}k" if len(above) else "no"]
         cells += [f"{round(value)}, {round(100 * value / expert)} %" for value in (returns.max(), returns[-5:].mean())]
         cells[-1] = cells[-1] if run.finished else ""
-        theirs, expert = (paper_curve(paper, run, algorithm)[1] for algorithm in (NAMES[run.script], "expert"))
+        theirs, expert = (paper_curve(paper, *run.cell, algorithm)[1] for algorithm in (NAMES[run.script], "expert"))
         cells += [best_and_final(theirs, expert[0]) if len(theirs) else ""]
         parts = run.config, *run.config.get("resumed", [])
         cells += [", ".join(dict.fromkeys(part["commit"][:7] for part in parts))]
@@ -223,8 +254,9 @@ def main():
     runs, tried = load_runs(""), load_runs("tried")
     panels = defaultdict(list)
     for run in runs:
-        panels[run.env_id, run.setting, run.trajectories].append(run)
+        panels[run.cell].append(run)
     (HERE / "figures").mkdir(exist_ok=True)
+    plot_overview(panels, paper)
     for (env_id, setting, trajectories), members in panels.items():
         name = f"{env_id}__{setting}__{trajectories}traj"
         shown = [run for run in members if run.variant in COMPARED] or members
@@ -235,7 +267,7 @@ def main():
         if explored:
             plot_returns(explored, paper, "training_return", f"{name}__training")
         tuned = [run for run in (*members, *tried) if run.script == "diffail" and run.variant in TEMPERATURES]
-        tuned = [run for run in tuned if (run.env_id, run.setting, run.trajectories, run.seed) == (env_id, setting, trajectories, 1)]
+        tuned = [run for run in tuned if (*run.cell, run.seed) == (env_id, setting, trajectories, 1)]
         if len(tuned) > 1:
             plot_temperature(tuned, name)
         for variant in reversed(COMPARED):  # like with like; the defaults last, where there are both
