@@ -89,7 +89,7 @@ class Args:
     actor_lr: float = 3e-4  # Adam learning rate of the actor and of the temperature
     critic_lr: float = 3e-4  # Adam learning rate of the critics
     sac_beta1: float = 0.25  # Adam's beta_1 for actor, critics and temperature: the reward moves, so little momentum
-    alpha: float | None = None  # temperature, the weight of the entropy; None: 0.12 / dim(A); with --autotune its first value
+    alpha: float | None = None  # temperature, the weight of the entropy; None: ALPHA_TIMES_DIM / dim(A); with --autotune its first value
     autotune: bool = False  # tune alpha, from --alpha on, towards a target entropy; the authors' code: --autotune --alpha 0.2
     target_entropy_per_dim: float = -0.5  # target entropy of --autotune, per dimension of the action
     actor_regularizer: float = 1e-3  # weight of mean^2 + log_std^2 in the actor's loss
@@ -106,6 +106,7 @@ class Args:
 
 
 TOTAL_TIMESTEPS = {"Hopper": 750_000, "Walker2d": 750_000}  # as in the paper; for the others 500,000
+ALPHA_TIMES_DIM = {"released": 0.12, "paper": 0.12}  # by --reward-form; the entropy grows with the dimensions, the reward does not
 
 
 # ------------------------------------------------------------------------------------ discriminator and surrogate reward
@@ -631,7 +632,7 @@ def main(args: Args):
     torch.manual_seed(args.seed)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     (observation_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
-    args.alpha = args.alpha or 0.12 / action_dim  # the entropy grows with the dimensions, the surrogate reward does not
+    args.alpha = args.alpha or ALPHA_TIMES_DIM[args.reward_form] / action_dim
     demos_path = args.demos or Path(__file__).parent / "demos" / f"{args.env_id}.npz"
     demos = load_demonstrations(demos_path, args.env_id, args.num_trajectories, env)
 

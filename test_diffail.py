@@ -1087,7 +1087,8 @@ def test_command_line_end_to_end(script, flags, name, device, tmp_path):
     assert [row["step"] for row in rows] == ["200", "400"] and all(float(row["mean_length"]) > 1 for row in rows)
     config = json.loads((run_dir / "config.json").read_text())
     assert config["args"]["total_timesteps"] == config["finished_at_step"] == 400
-    assert script == "sac_baseline" or config["args"]["alpha"] == 0.12 / 3  # an action has 3 dimensions
+    alphas = {"diffail released": 0.12 / 3, "diffail paper": 0.024 / 3, "gail_baseline released": 0.12 / 3, "gail_baseline paper": 0.12 / 3}
+    assert config["args"].get("alpha") == alphas.get(f"{script} {config['args'].get('reward_form')}")  # an action has 3 dimensions
     assert config["versions"]["torch"] == torch.__version__
     policy = torch.load(run_dir / "policy.pt", weights_only=True)
     actor = diffail.Actor(11, 3, policy["sac_hidden_dim"])
@@ -1480,10 +1481,12 @@ def test_the_results_in_the_readmes_are_those_of_the_files():
         last = [value for _, value in evaluations[-5:]]
         for cell, value in ((best, max(value for _, value in evaluations)), (final, sum(last) / len(last))):
             assert cell == (f"{round(value)}, {round(100 * value / expert)} %" if finished or cell is not final else "")
-        if finished and re.search("__s[0-9]+(__no-normalize)?$", name):
-            env_id, _, setting = name.split("__")[:3]
+        env_id, _, setting, _, _, *variant = name.split("__")
+        mark = {"no-normalize": "a", "paper-reward": "b", "no-normalize-paper-reward": "c"}.get("".join(variant))
+        if mark or not variant:
             (line,) = re.findall(rf"^\| {env_id}, {setting} \|(.*)\|$", summary, re.M)
-            ours = line.split("|")[(0 if algorithm == "DiffAIL" else 3) + name.endswith("__no-normalize")]
-            assert f"{best.split(', ')[1]}, {final.split(', ')[1]}" in ours.strip().split("; ")
+            ours = line.split("|")[(0 if algorithm == "DiffAIL" else 3) + len(variant)]
+            shown = best.split(", ")[1] + (f", {final.split(', ')[1]}" if finished else f" until {evaluations[-1][0] // 1000}k")
+            assert shown + f" ({mark})" * len(variant) in ours.strip().split("; ")
         parts = [part["commit"] for part in (config, *config.get("resumed", []))]
         assert commits.split(", ") == list(dict.fromkeys(commit[:7] for commit in parts)) and "dirty" not in "".join(parts)

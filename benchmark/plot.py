@@ -25,9 +25,11 @@ HERE = Path(__file__).parent
 BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#555555"
 NAMES = {"diffail": "DiffAIL", "gail_baseline": "GAIL"}
 ENVIRONMENTS = "HalfCheetah-v4", "Ant-v4", "Hopper-v4", "Walker2d-v4"
-TEMPERATURES = {"no-normalize": "alpha fixed", "autotune": "--autotune", "autotune-until-225k": "--autotune, alpha fixed from 225k on"}
+TEMPERATURES = {"no-normalize": "alpha fixed", "autotune": "--autotune"}
+TEMPERATURES |= {"autotune-until-225k": "--autotune, alpha fixed from 225k on"}
 STYLES = [(BLUE, "-"), (ORANGE, "--"), (PURPLE, "-."), (GREEN, (0, (5, 1, 1, 1, 1, 1))), (SKY, (0, (8, 2)))]
-COMPARED = ("", "no-normalize")  # variants that stand side by side: the defaults, and x as it is
+VARIANTS = {"no-normalize": "a", "paper-reward": "b", "no-normalize-paper-reward": "c"}  # and their marks in the README's summary
+NAMED = {"env", "setting", "algorithm", "transitions"}  # columns that are no numbers
 ALIKE = 0.05  # an evaluation whose episodes' returns have a standard deviation below this part of the expert's return
 
 
@@ -54,11 +56,11 @@ class Run:
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a CSV, as numbers where they are."""
+    """The columns of a CSV, as numbers but for the names."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     columns = {name: np.array([row[name] or "nan" for row in rows]) for name in rows[0]}
-    return {name: column if name in ("env", "setting", "algorithm") else column.astype(float) for name, column in columns.items()}
+    return {name: column if name in NAMED else column.astype(float) for name, column in columns.items()}
 
 
 def load_runs(folder: str) -> list[Run]:
@@ -144,22 +146,27 @@ def plot_returns(runs: list[Run], paper: dict, column: str, name: str):
 
 
 def plot_overview(panels: dict[tuple, list[Run]], paper: dict):
-    """All environments and settings, one trajectory, the defaults: our runs and the paper's, each in per cent of its own expert."""
+    """All environments and settings with one trajectory: our runs and the paper's, each in per cent of its own expert."""
     figure, axes = plt.subplots(len(ENVIRONMENTS), 2, figsize=(9, 12), sharey=True, layout="constrained")
     for panel, (env_id, setting) in zip(axes.flat, itertools.product(ENVIRONMENTS, ("state-action", "state-only")), strict=True):
         panel.axhline(100, color="black", lw=1.2, label="expert")
         _, paper_expert = paper_curve(paper, env_id, setting, 1, "expert")
-        for (script, name), (colour, line) in zip(NAMES.items(), STYLES, strict=False):
+        for (script, name), colour in zip(NAMES.items(), (BLUE, ORANGE), strict=True):
             steps, returns = paper_curve(paper, env_id, setting, 1, name)
             if len(steps):
                 label = f"{name} in the paper, mean of 5 seeds, smoothed"
                 panel.plot(steps / 1000, 100 * returns / paper_expert[0], linestyle=":", color=colour, lw=1.6, alpha=0.8, label=label)
-            runs = [run for run in panels.get((env_id, setting, 1), ()) if (run.script, run.variant) == (script, "")]
+            members = [run for run in panels.get((env_id, setting, 1), ()) if run.script == script]
+            for variant, line in zip(VARIANTS, ("--", (0, (3, 1, 1, 1)), (0, (1, 1))), strict=True):
+                for run in (run for run in members if run.variant == variant and run.script == script):
+                    shares, label = 100 * run.columns["mean_return"] / expert_return(env_id), f"{name} {variant} here"
+                    panel.plot(run.columns["step"] / 1000, shares, linestyle=line, color=colour, lw=1.2, label=label)
+            runs = [run for run in members if run.variant == ""]
             if runs:
                 n = min(len(run.columns["step"]) for run in runs)
                 shares = 100 * np.array([run.columns["mean_return"][:n] for run in runs]) / expert_return(env_id)
                 steps = runs[0].columns["step"][:n] / 1000
-                panel.plot(steps, shares.mean(0), linestyle=line, color=colour, lw=2.2, label=f"{name} here, mean and range of its seeds")
+                panel.plot(steps, shares.mean(0), color=colour, lw=2.2, label=f"{name} here, mean and range of its seeds")
                 panel.fill_between(steps, shares.min(0), shares.max(0), color=colour, alpha=0.18, lw=0)
         panel.set(title=f"{env_id}, {setting}", ylim=(-30, 135))
     for panel in axes[-1]:
@@ -204,23 +211,42 @@ def plot_temperature(runs: list[Run], panel: str):
     finish(figure, panels, f"{panel}__temperature.png")
 
 
+def plot_reward_by_velocity(path: Path):
+    """Both forms of the surrogate reward by forward velocity, in the replay buffer of a run and in its demonstration."""
+    figure, panels = plt.subplots(2, figsize=(7, 7.3), sharex=True, layout="constrained")
+    columns = read_columns(path)
+    for axes, form, scale in zip(panels, ("released", "paper"), ("linear", "log"), strict=True):
+        for name, (colour, line), marker in zip(("replay buffer", "demonstration"), STYLES, "os", strict=False):
+            rows = columns["transitions"] == name
+            axes.plot(columns["velocity"][rows], columns[form][rows], linestyle=line, color=colour, marker=marker, lw=2.2, label=name)
+        axes.set(ylabel=f"reward, {form} form", yscale=scale)
+    panels[0].set(title=", ".join(path.stem.split("__")[0:3:2]), ylim=(0, None))
+    panels[1].set(xlabel="forward velocity (m/s)")
+    finish(figure, panels, f"{path.stem}__reward.png")
+
+
 def best_and_final(returns: np.ndarray, expert: float) -> str:
     """The highest return, and the mean of the last five, in per cent of the expert's."""
     return f"{100 * returns.max() / expert:.0f} %, {100 * returns[-5:].mean() / expert:.0f} %"
 
 
 def summary(panels: dict[tuple, list[Run]], paper: dict) -> str:
-    """Markdown: best and final return of each seed's finished run with the defaults, in per cent of the expert's, beside the paper's."""
-    head = [cell for name in NAMES.values() for cell in (name, f"{name}, `--no-normalize`", "in the paper")]
+    """Markdown: best and final return of each run with the defaults and of VARIANTS, in per cent of the expert's, beside the paper's.
+
+    Of a run that was stopped it has the best return."""
+    head = [cell for name in NAMES.values() for cell in (name, f"{name}, variants", "in the paper")]
     lines = [f"| environment, setting | {' | '.join(head)} |", "|" + "---|" * (1 + len(head))]
     for cell, runs in panels.items():
         env_id, setting, _ = cell
         cells = [f"{env_id}, {setting}"]
         for script, name in NAMES.items():
-            for variant in COMPARED:
-                done = [run for run in runs if run.script == script and run.finished and run.variant == variant]
-                ours = (best_and_final(run.columns["mean_return"], expert_return(env_id)) for run in done)  # in the order of the seeds
-                cells.append("; ".join(ours))
+            ours = {True: [], False: []}  # by whether they are of today's defaults; in the order of the seeds
+            for run in runs:
+                if run.script == script and (run.variant == "" or run.variant in VARIANTS):
+                    text = best_and_final(run.columns["mean_return"], expert_return(env_id))
+                    text = text if run.finished else f"{text.split(',')[0]} until {run.columns['step'][-1] / 1000:.0f}k"
+                    ours[run.variant == ""].append(f"{text} ({VARIANTS[run.variant]})" if run.variant else text)
+            cells += ["; ".join(ours[True]), "; ".join(ours[False])]
             theirs, expert = (paper_curve(paper, *cell, algorithm)[1] for algorithm in (name, "expert"))
             cells.append(best_and_final(theirs, expert[0]) if len(theirs) else "")
         lines.append(f"| {' | '.join(cells)} |")
@@ -259,7 +285,7 @@ def main():
     plot_overview(panels, paper)
     for (env_id, setting, trajectories), members in panels.items():
         name = f"{env_id}__{setting}__{trajectories}traj"
-        shown = [run for run in members if run.variant in COMPARED] or members
+        shown = [run for run in members if run.variant == "" or run.variant in VARIANTS] or members
         plot_returns(shown, paper, "mean_return", name)
         if len(shown) < len(members):
             plot_returns([run for run in members if run.script == "diffail"], paper, "mean_return", f"{name}__variants")
@@ -270,10 +296,12 @@ def main():
         tuned = [run for run in tuned if (*run.cell, run.seed) == (env_id, setting, trajectories, 1)]
         if len(tuned) > 1:
             plot_temperature(tuned, name)
-        for variant in reversed(COMPARED):  # like with like; the defaults last, where there are both
+        for variant in ("no-normalize", ""):  # like with like; the defaults last, where there are both
             measured = [run for run in members if run.variant == variant and "reward_correlation" in run.columns]
             if len({run.script for run in measured}) == 2:
                 plot_correlation(measured, name)
+    for path in sorted((HERE / "results" / "reward_by_velocity").glob("*.csv")):
+        plot_reward_by_velocity(path)
     print(summary(panels, paper), table(runs, paper), sep="\n\n")
 
 

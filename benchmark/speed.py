@@ -73,7 +73,7 @@ class Program:
         env = module.make_env(ENV_ID)
         (o,), (a,) = env.observation_space.shape, env.action_space.shape
         if hasattr(args, "alpha"):
-            args.alpha = 0.12 / a  # as main does
+            args.alpha = module.ALPHA_TIMES_DIM[args.reward_form] / a  # as main does
         agent = agent_class(module)(o, a, args, device)
         widths = (o, a, o, 1, 1) if script == "sac_baseline" else (o, a, o)
         buffer = module.ReplayBuffer(args.buffer_size, widths, device)

@@ -1,0 +1,66 @@
+"""How both forms of a DiffAIL run's surrogate reward go with the robot's forward velocity, over its replay buffer and its demonstration.
+
+    python benchmark/reward_by_velocity.py runs/Ant-v4__diffail__state-action__1traj__s1
+
+Writes benchmark/results/reward_by_velocity/NAME.csv; plot.py draws it. The discriminator and the transitions are those of the checkpoint,
+without the random ones at the run's beginning.
+"""
+import argparse
+import csv
+import itertools
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import diffail  # noqa: E402  (of this repository)
+
+FORWARD_VELOCITY = {"HalfCheetah-v4": 8, "Hopper-v4": 5, "Walker2d-v4": 8, "Ant-v4": 13}  # its place in the observation
+EDGES = np.arange(-1.25, 6.3, 0.5)  # so that one interval has 0 in its middle
+
+
+@torch.no_grad()
+def rewards(agent: diffail.DiffAIL, *transitions: torch.Tensor) -> tuple[np.ndarray, ...]:
+    """Of each transition the reward in the released and in the paper's form, times c, and the diffusion loss, mean over t."""
+    args, x = agent.args, agent.discriminator_input(*transitions)
+    noise = torch.randn(args.diffusion_steps, *x.shape, generator=torch.Generator().manual_seed(0))
+    forms = (args.reward_scale * diffail.surrogate_reward(agent.discriminator, x, noise, form) for form in ("released", "paper"))
+    loss = agent.discriminator.diffusion_loss(x, noise, torch.arange(args.diffusion_steps)[:, None]).mean(0)
+    return tuple(values.numpy() for values in (*forms, loss))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run_dir", type=Path)
+    run_dir = parser.parse_args().run_dir
+    state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+    args = replace(diffail.Args(), **{name: value for name, value in state["config"]["args"].items() if name not in ("demos", "compile")})
+    env = diffail.make_env(args.env_id)
+    (o,), (a,) = env.observation_space.shape, env.action_space.shape
+    agent = diffail.DiffAIL(o, a, args, torch.device("cpu"))
+    agent.load_state_dict(state["agent"])
+    demos = diffail.load_demonstrations(ROOT / "demos" / f"{args.env_id}.npz", args.env_id, args.num_trajectories, env)
+    place, rows = FORWARD_VELOCITY[args.env_id], [["transitions", "velocity", "number", "released", "paper", "diffusion_loss"]]
+    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
+    expert = demos.observations, 2 * (demos.actions - low) / (high - low) - 1, demos.next_observations
+    stored = state["rows"][args.learning_starts :].split((o, a, o), dim=1)
+    for name, transitions in {"replay buffer": stored, "demonstration": tuple(map(torch.from_numpy, expert))}.items():
+        velocity, values = transitions[0][:, place].numpy(), rewards(agent, *transitions)
+        for low_edge, high_edge in itertools.pairwise(EDGES):
+            inside = (low_edge <= velocity) & (velocity < high_edge)
+            if inside.sum() >= 20:
+                means = (f"{value[inside].mean():.4g}" for value in values)
+                rows.append([name, (low_edge + high_edge) / 2, inside.sum(), *means])
+    path = ROOT / "benchmark" / "results" / "reward_by_velocity" / f"{run_dir.name}.csv"
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+    print(f"{path}, at step {state['step']:,}")
+
+
+if __name__ == "__main__":
+    main()
