@@ -1,7 +1,7 @@
 """DiffAIL: adversarial imitation learning whose discriminator is a diffusion model, in one file.
 
 Wang et al., "DiffAIL: Diffusion Adversarial Imitation Learning", AAAI 2024, arXiv 2312.06348. For x = [s, a], or the pair of
-states x = [s, s'] with --state-only, of dimension d, normalised by the expert's mean and standard deviation:
+states x = [s, s'] with --state-only, of dimension d, for Hopper (or with --normalize True) scaled by the expert's mean and std:
 
     x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps                     forward diffusion       DiffusionDiscriminator.noised
     L(x, eps, t) = mean over d of (eps - eps_phi(x_t, t))^2         diffusion loss          DiffusionDiscriminator.diffusion_loss
@@ -73,7 +73,7 @@ class Args:
     steps_after_termination: int = 100  # so long a training episode goes on after a fall; 1,000: as in the released code
 
     # Discriminator and surrogate reward
-    normalize: bool = True  # scale x by the mean and standard deviation of the demonstrations in use; SAC's inputs stay as they are
+    normalize: bool | None = None  # scale x, not SAC's inputs, by the demonstrations' mean and standard deviation; None: for Hopper alone
     hidden_dim: int = 128  # units in each of the three hidden layers of the noise predictor
     diffusion_steps: int = 10  # T
     noise_schedule: Literal["linear", "cosine", "vp"] = "linear"  # of the variances beta_1 ... beta_T
@@ -109,6 +109,7 @@ class Args:
 
 
 TOTAL_TIMESTEPS = {"Hopper": 750_000, "Walker2d": 750_000}  # as in the paper; for the others 500,000
+NORMALIZED = {"Hopper"}  # bodies whose x is scaled by default: its coordinates differ in scale by a factor of 100
 ALPHA_TIMES_DIM = {"released": 0.12, "paper": 0.024}  # by --reward-form; the entropy grows with the dimensions, the reward does not
 
 
@@ -425,7 +426,7 @@ class DiffAIL(nn.Module):
         return (x - self.x_mean) / self.x_std
 
     def set_expert(self, observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:
-        """The expert's x [N, d], with --normalize by its own mean and standard deviation, and all later x by the same.
+        """The expert's x [N, d], with --normalize True by its own mean and standard deviation, and all later x by the same.
 
         The diffusion's noise is alike in all coordinates, up to 0.3 for t = T: one that moves less, as Hopper's torso angle by 0.05,
         drowns in it. Without scaling our Hopper learned to hop as the expert does, but leaning over too far."""
@@ -759,6 +760,8 @@ def main(args: Args):
     body = args.env_id.split("/")[-1].split("-v")[0]
     if args.total_timesteps is None:
         args.total_timesteps = TOTAL_TIMESTEPS.get(body, 500_000)
+    if args.normalize is None:
+        args.normalize = body in NORMALIZED
     check_numbers(args)
     if args.learning_starts >= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} leaves nothing to learn in --total-timesteps {args.total_timesteps}")

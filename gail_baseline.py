@@ -1,7 +1,7 @@
 """GAIL, generative adversarial imitation learning, on the same SAC as diffail.py and in the same order: the baseline, in one file.
 
 Ho & Ermon, "Generative Adversarial Imitation Learning", NeurIPS 2016, arXiv 1606.03476. With --state-only it is GAIfO (Torabi et al. 2018,
-arXiv 1807.06158). For x = [s, a], or with --state-only [s, s'], of dimension d, normalised by the expert's mean and standard deviation:
+arXiv 1807.06158). For x = [s, a], or with --state-only [s, s'], of dimension d, for Hopper scaled by the expert's mean and std:
 
     D(x) = sigmoid(f(x))                                            discriminator           MLPDiscriminator
     min_f    (-E_expert[log D] - E_policy[log(1 - D)]) / 2          objective               binary_cross_entropy
@@ -72,7 +72,7 @@ class Args:
     steps_after_termination: int = 100  # so long a training episode goes on after a fall; 1,000: as in the released code
 
     # Discriminator and surrogate reward
-    normalize: bool = True  # scale x by the mean and standard deviation of the demonstrations in use; SAC's inputs stay as they are
+    normalize: bool | None = None  # scale x, not SAC's inputs, by the demonstrations' mean and standard deviation; None: for Hopper alone
     hidden_dim: int = 128  # units in each of the two hidden layers of the discriminator
     grad_penalty: float = 4.0  # weight lambda of the gradient penalty
     reward_form: Literal["released", "paper"] = "released"  # log D as in the DiffAIL authors' GAIL, or -log(1 - D)
@@ -106,6 +106,7 @@ class Args:
 
 
 TOTAL_TIMESTEPS = {"Hopper": 750_000, "Walker2d": 750_000}  # as in the paper; for the others 500,000
+NORMALIZED = {"Hopper"}  # bodies whose x is scaled by default: its coordinates differ in scale by a factor of 100
 ALPHA_TIMES_DIM = {"released": 0.12, "paper": 0.12}  # by --reward-form; the entropy grows with the dimensions, the reward does not
 
 
@@ -292,7 +293,7 @@ class GAIL(nn.Module):
         return (x - self.x_mean) / self.x_std
 
     def set_expert(self, observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:
-        """The expert's x [N, d], with --normalize by its own mean and standard deviation, and all later x by the same."""
+        """The expert's x [N, d], with --normalize True by its own mean and standard deviation, and all later x by the same."""
         expert_x = self.discriminator_input(observations, actions, next_observations)
         if self.args.normalize:
             std = expert_x.std(0)
@@ -617,6 +618,8 @@ def main(args: Args):
     body = args.env_id.split("/")[-1].split("-v")[0]
     if args.total_timesteps is None:
         args.total_timesteps = TOTAL_TIMESTEPS.get(body, 500_000)
+    if args.normalize is None:
+        args.normalize = body in NORMALIZED
     check_numbers(args)
     if args.learning_starts >= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} leaves nothing to learn in --total-timesteps {args.total_timesteps}")

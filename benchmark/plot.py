@@ -25,10 +25,10 @@ HERE = Path(__file__).parent
 BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#555555"
 NAMES = {"diffail": "DiffAIL", "gail_baseline": "GAIL"}
 ENVIRONMENTS = "HalfCheetah-v4", "Ant-v4", "Hopper-v4", "Walker2d-v4"
-TEMPERATURES = {"no-normalize": "alpha fixed", "autotune": "--autotune"}
+TEMPERATURES = {"": "alpha fixed", "autotune": "--autotune"}
 TEMPERATURES |= {"autotune-until-225k": "--autotune, alpha fixed from 225k on"}
 STYLES = [(BLUE, "-"), (ORANGE, "--"), (PURPLE, "-."), (GREEN, (0, (5, 1, 1, 1, 1, 1))), (SKY, (0, (8, 2)))]
-VARIANTS = {"no-normalize": "a", "paper-reward": "b", "no-normalize-paper-reward": "c"}  # and their marks in the README's summary
+VARIANTS = {"normalize": "a", "paper-reward": "b", "normalize-paper-reward": "c", "ignore-terminations": "d"}  # with the README's marks
 NAMED = {"env", "setting", "algorithm", "transitions"}  # columns that are no numbers
 ALIKE = 0.05  # an evaluation whose episodes' returns have a standard deviation below this part of the expert's return
 
@@ -157,7 +157,7 @@ def plot_overview(panels: dict[tuple, list[Run]], paper: dict):
                 label = f"{name} in the paper, mean of 5 seeds, smoothed"
                 panel.plot(steps / 1000, 100 * returns / paper_expert[0], linestyle=":", color=colour, lw=1.6, alpha=0.8, label=label)
             members = [run for run in panels.get((env_id, setting, 1), ()) if run.script == script]
-            for variant, line in zip(VARIANTS, ("--", (0, (3, 1, 1, 1)), (0, (1, 1))), strict=True):
+            for variant, line in zip(VARIANTS, ("--", (0, (3, 1, 1, 1)), (0, (8, 2)), "-."), strict=True):
                 for run in (run for run in members if run.variant == variant and run.script == script):
                     shares, label = 100 * run.columns["mean_return"] / expert_return(env_id), f"{name} {variant} here"
                     panel.plot(run.columns["step"] / 1000, shares, linestyle=line, color=colour, lw=1.2, label=label)
@@ -296,10 +296,9 @@ def main():
         tuned = [run for run in tuned if (*run.cell, run.seed) == (env_id, setting, trajectories, 1)]
         if len(tuned) > 1:
             plot_temperature(tuned, name)
-        for variant in ("no-normalize", ""):  # like with like; the defaults last, where there are both
-            measured = [run for run in members if run.variant == variant and "reward_correlation" in run.columns]
-            if len({run.script for run in measured}) == 2:
-                plot_correlation(measured, name)
+        measured = [run for run in members if run.variant == "" and "reward_correlation" in run.columns]
+        if len({run.script for run in measured}) == 2:
+            plot_correlation(measured, name)
     for path in sorted((HERE / "results" / "reward_by_velocity").glob("*.csv")):
         plot_reward_by_velocity(path)
     print(summary(panels, paper), table(runs, paper), sep="\n\n")
