@@ -146,7 +146,9 @@ def plot_returns(runs: list[Run], paper: dict, column: str, name: str):
 
 
 def plot_overview(panels: dict[tuple, list[Run]], paper: dict):
-    """All environments and settings with one trajectory: our runs and the paper's, each in per cent of its own expert."""
+    """All environments and settings with one trajectory: our runs and the paper's, each in per cent of its own expert.
+
+    Where there is none with the defaults, VARIANTS stand in."""
     figure, axes = plt.subplots(len(ENVIRONMENTS), 2, figsize=(9, 12), sharey=True, layout="constrained")
     for panel, (env_id, setting) in zip(axes.flat, itertools.product(ENVIRONMENTS, ("state-action", "state-only")), strict=True):
         panel.axhline(100, color="black", lw=1.2, label="expert")
@@ -157,11 +159,11 @@ def plot_overview(panels: dict[tuple, list[Run]], paper: dict):
                 label = f"{name} in the paper, mean of 5 seeds, smoothed"
                 panel.plot(steps / 1000, 100 * returns / paper_expert[0], linestyle=":", color=colour, lw=1.6, alpha=0.8, label=label)
             members = [run for run in panels.get((env_id, setting, 1), ()) if run.script == script]
+            runs = [run for run in members if run.variant == ""]
             for variant, line in zip(VARIANTS, ("--", (0, (3, 1, 1, 1)), (0, (8, 2)), "-."), strict=True):
-                for run in (run for run in members if run.variant == variant and run.script == script):
+                for run in (run for run in members if run.variant == variant and not runs):
                     shares, label = 100 * run.columns["mean_return"] / expert_return(env_id), f"{name} {variant} here"
                     panel.plot(run.columns["step"] / 1000, shares, linestyle=line, color=colour, lw=1.2, label=label)
-            runs = [run for run in members if run.variant == ""]
             if runs:
                 n = min(len(run.columns["step"]) for run in runs)
                 shares = 100 * np.array([run.columns["mean_return"][:n] for run in runs]) / expert_return(env_id)
