@@ -1392,6 +1392,25 @@ def definitions(path: Path) -> dict[str, str]:
     return {node.name: ast.get_source_segment(text, node) for node in nodes if node.name not in ("main", "Args")}
 
 
+def test_rewards_by_velocity_are_counted_over_the_replay_buffer_and_the_demonstration(tmp_path):
+    sizes = ["--total-timesteps", 400, "--learning-starts", 200, "--eval-every", 1000, "--sac-hidden-dim", 16, "--hidden-dim", 16]
+    assert run("diffail.py", "--env-id", "Hopper-v4", *sizes, "--threads", 1, "--output-dir", tmp_path).returncode == 0
+    (run_dir,) = tmp_path.glob("Hopper*")
+    done = run("benchmark/reward_by_velocity.py", run_dir, "--to", tmp_path / "out", "--variant", "tiny")
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "out" / f"{run_dir.name}__tiny.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    stored = torch.load(run_dir / "checkpoint.pt", weights_only=True)["rows"][200:, 5].numpy()
+    with np.load(HERE / "demos" / "Hopper-v4.npz") as file:
+        demonstrated = file["observations"][: 1 + np.flatnonzero(file["terminations"] | file["truncations"])[0], 5]
+    for name, velocities in {"replay buffer": stored, "demonstration": demonstrated}.items():
+        found = {float(row["velocity"]): int(row["number"]) for row in rows if row["transitions"] == name}
+        counts = {middle: int(((velocities >= middle - 0.25) & (velocities < middle + 0.25)).sum()) for middle in np.arange(-1, 6.1, 0.5)}
+        assert found == {middle: count for middle, count in counts.items() if count >= 20} and found
+    # Jensen: the mean of exp(-squared error) is at least exp(-mean), so the released form's D and reward are the greater ones.
+    assert all(float(row["released"]) >= float(row["paper"]) > 0 and float(row["diffusion_loss"]) > 0 for row in rows)
+
+
 def test_same_name_same_source():
     shared = 0
     for i, one in enumerate(SCRIPTS):

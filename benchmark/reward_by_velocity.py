@@ -1,9 +1,9 @@
 """How both forms of a DiffAIL run's surrogate reward go with the robot's forward velocity, over its replay buffer and its demonstration.
 
-    python benchmark/reward_by_velocity.py runs/Ant-v4__diffail__state-action__1traj__s1
+    python benchmark/reward_by_velocity.py --variant normalize runs/Ant-v4__diffail__state-action__1traj__s1
 
-Writes benchmark/results/reward_by_velocity/NAME.csv; plot.py draws it. The discriminator and the transitions are those of the checkpoint,
-without the random ones at the run's beginning.
+Writes benchmark/results/reward_by_velocity/NAME.csv, or NAME__VARIANT.csv; plot.py draws it. The discriminator and the transitions are
+those of the checkpoint, without the random ones at the run's beginning.
 """
 import argparse
 import csv
@@ -36,7 +36,10 @@ def rewards(agent: diffail.DiffAIL, *transitions: torch.Tensor) -> tuple[np.ndar
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run_dir", type=Path)
-    run_dir = parser.parse_args().run_dir
+    parser.add_argument("--to", type=Path, default=ROOT / "benchmark" / "results" / "reward_by_velocity", help="folder to write to")
+    parser.add_argument("--variant", help="in a word or two, what was not the default")
+    options = parser.parse_args()
+    run_dir = options.run_dir
     state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
     args = replace(diffail.Args(), **{name: value for name, value in state["config"]["args"].items() if name not in ("demos", "compile")})
     env = diffail.make_env(args.env_id)
@@ -55,8 +58,8 @@ def main():
             if inside.sum() >= 20:
                 means = (f"{value[inside].mean():.4g}" for value in values)
                 rows.append([name, (low_edge + high_edge) / 2, inside.sum(), *means])
-    path = ROOT / "benchmark" / "results" / "reward_by_velocity" / f"{run_dir.name}.csv"
-    path.parent.mkdir(exist_ok=True)
+    path = options.to / (run_dir.name + (f"__{options.variant}" if options.variant else "") + ".csv")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
     print(f"{path}, at step {state['step']:,}")
