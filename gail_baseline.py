@@ -69,13 +69,13 @@ class Args:
     num_trajectories: int = 1  # demonstrated episodes to learn from, the first ones of the file
     seed: int = 1  # of everything random: networks, exploration, minibatches, noise, environment
     total_timesteps: int | None = None  # environment steps; None: 750,000 for Hopper and Walker2d, 500,000 for all others
-    steps_after_termination: int = 100  # so long a training episode goes on after a fall; 1,000: as in the released code
+    steps_after_termination: int = 100  # a training episode goes on so long after a termination; 1,000: as in the released code
 
     # Discriminator and surrogate reward
     normalize: bool | None = None  # scale x, not SAC's inputs, by the demonstrations' mean and standard deviation; None: for Hopper alone
     hidden_dim: int = 128  # units in each of the two hidden layers of the discriminator
     grad_penalty: float = 4.0  # weight lambda of the gradient penalty
-    reward_form: Literal["released", "paper"] = "released"  # log D as in the DiffAIL authors' GAIL, or -log(1 - D)
+    reward_form: Literal["released", "paper"] = "released"  # log D as in the DiffAIL authors' GAIL, or, as in most, -log(1 - D)
     reward_scale: float = 2.0  # factor on the surrogate reward
     discriminator_lr: float = 3e-4  # Adam learning rate of the discriminator
 
@@ -101,12 +101,12 @@ class Args:
     resume: bool = False  # go on from the run's last checkpoint
     output_dir: Path = Path("runs")  # folder of the run directories
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
-    threads: int = 2  # of PyTorch on the CPU; a run alone is up to a third faster with 2, several side by side are with 1 each
+    threads: int = 2  # of PyTorch on the CPU: 2 for one run alone, up to a third faster than 1; for several side by side 1 each
     compile: bool = False  # compile losses and gradients: up to a quarter less time per step with one thread; needs a C++ compiler
 
 
 TOTAL_TIMESTEPS = {"Hopper": 750_000, "Walker2d": 750_000}  # as in the paper; for the others 500,000
-NORMALIZED = {"Hopper"}  # bodies whose x is scaled by default: its coordinates differ in scale by a factor of 100
+NORMALIZED = {"Hopper"}  # bodies whose x is scaled by default; found by experiment, see set_expert
 ALPHA_TIMES_DIM = {"released": 0.12, "paper": 0.12}  # by --reward-form; the entropy grows with the dimensions, the reward does not
 
 
@@ -250,7 +250,7 @@ class ReplayBuffer:
 
 
 def compiled(function: Callable) -> Callable:
-    """`function` through torch.compile: a step of DiffAIL takes 22.6 ms in place of 28.2 on a CPU (benchmark/results/speed__cpu.csv)."""
+    """`function` through torch.compile: a step of DiffAIL takes 19.3 ms in place of 25.8 on a CPU (benchmark/results/speed__cpu.csv)."""
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad too: a loss and its gradient become one program
     # Random numbers from PyTorch, not from the compiler: the same ones as uncompiled, and sooner drawn on a CPU.
     return torch.compile(function, options={"fallback_random": True})
@@ -294,11 +294,11 @@ class GAIL(nn.Module):
 
     def set_expert(self, observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:
         """The expert's x [N, d], with --normalize True by its own mean and standard deviation, and all later x by the same."""
-        expert_x = self.discriminator_input(observations, actions, next_observations)
+        expert_x = self.discriminator_input(observations, actions, next_observations)  # as it is: the mean is 0 and the std 1 so far
         if self.args.normalize:
             std = expert_x.std(0)
             self.x_mean, self.x_std = expert_x.mean(0), std.masked_fill(std < 1e-6, 1.0)  # what never moves is only centred
-        return self.discriminator_input(observations, actions, next_observations)
+        return (expert_x - self.x_mean) / self.x_std
 
     def update(self, expert_x: Tensor, buffer: ReplayBuffer) -> dict[str, Tensor]:
         """One step on everything, with the expert's x [N, d]; returns what is worth logging. Nothing in it waits for the GPU."""
@@ -408,7 +408,7 @@ def episode_seed(*key: int) -> int:
 
 
 def play_episode(actor: Actor, env: gym.Env, seed: int) -> dict[str, np.ndarray]:
-    """One episode of the deterministic policy tanh(mean), as arrays in Minari's terms; actions in [-1, 1]."""
+    """One episode of the deterministic policy tanh(mean), as arrays named as in a demonstration file; actions in [-1, 1]."""
     device = next(actor.parameters()).device
     steps, done = [], False
     observation, _ = env.reset(seed=seed)
@@ -563,7 +563,7 @@ def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dic
 
 @dataclass
 class Demonstrations:
-    """Transitions of the first episodes of a file, float32 [N, dim], actions in the environment's units."""
+    """Transitions of the first episodes of a file, float32 [N, dim], actions scaled to [-1, 1]."""
 
     observations: np.ndarray
     actions: np.ndarray
@@ -605,7 +605,8 @@ def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym
     if num_trajectories > len(ends):
         fail(f"{path} holds {len(ends)} episodes, --num-trajectories asks for {num_trajectories}")
     used = slice(ends[num_trajectories - 1])
-    return Demonstrations(data["observations"][used], data["actions"][used], data["next_observations"][used], expert_return)
+    scaled = 2 * (data["actions"] - action_space.low) / (action_space.high - action_space.low) - 1
+    return Demonstrations(data["observations"][used], scaled[used].astype(np.float32), data["next_observations"][used], expert_return)
 
 
 # -------------------------------------------------------------------------------------------------------------- training
@@ -642,9 +643,7 @@ def main(args: Args):
     setting = "state-only" if args.state_only else "state-action"
     run_dir = args.output_dir / f"{args.env_id}__gail_baseline__{setting}__{args.num_trajectories}traj__s{args.seed}"
 
-    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
-    expert_actions = (2 * (demos.actions - low) / (high - low) - 1).astype(np.float32)
-    expert_arrays = demos.observations, expert_actions, demos.next_observations
+    expert_arrays = demos.observations, demos.actions, demos.next_observations
     agent = GAIL(observation_dim, action_dim, args, device)
     expert_x = agent.set_expert(*(torch.from_numpy(array).to(device) for array in expert_arrays))
     buffer = ReplayBuffer(args.buffer_size, (observation_dim, action_dim, observation_dim), device)
@@ -701,7 +700,8 @@ def main(args: Args):
 
         if not since_termination:  # what comes after a fall is learned from, but no part of the return
             episode_return, episode_length = episode_return + float(reward), episode_length + 1
-        since_termination += int(terminated or since_termination > 0)
+        if terminated or since_termination:
+            since_termination += 1
         done = truncated or since_termination > args.steps_after_termination
         if done:
             writer.add_scalar("charts/episodic_return", episode_return, step)

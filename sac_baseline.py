@@ -73,7 +73,7 @@ class Args:
     target_return: float | None = None  # stop as soon as the mean return of an evaluation reaches this
     save_demos: Path | None = None  # record the final deterministic policy to this .npz file
     demo_episodes: int = 16  # episodes to record
-    min_demo_return: float | None = None  # record only episodes with at least this return, and none that failed
+    min_demo_return: float | None = None  # leave out episodes with a lower return
 
     # The run
     eval_every: int = 10_000  # steps between evaluations
@@ -82,7 +82,7 @@ class Args:
     resume: bool = False  # go on from the run's last checkpoint
     output_dir: Path = Path("runs")  # folder of the run directories
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
-    threads: int = 2  # of PyTorch on the CPU; a run alone is up to a third faster with 2, several side by side are with 1 each
+    threads: int = 2  # of PyTorch on the CPU: 2 for one run alone, up to a third faster than 1; for several side by side 1 each
     compile: bool = False  # compile losses and gradients: up to a quarter less time per step with one thread; needs a C++ compiler
 
 
@@ -187,7 +187,7 @@ class ReplayBuffer:
 
 
 def compiled(function: Callable) -> Callable:
-    """`function` through torch.compile: a step of DiffAIL takes 22.6 ms in place of 28.2 on a CPU (benchmark/results/speed__cpu.csv)."""
+    """`function` through torch.compile: a step of DiffAIL takes 19.3 ms in place of 25.8 on a CPU (benchmark/results/speed__cpu.csv)."""
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad too: a loss and its gradient become one program
     # Random numbers from PyTorch, not from the compiler: the same ones as uncompiled, and sooner drawn on a CPU.
     return torch.compile(function, options={"fallback_random": True})
@@ -301,7 +301,7 @@ def episode_seed(*key: int) -> int:
 
 
 def play_episode(actor: Actor, env: gym.Env, seed: int) -> dict[str, np.ndarray]:
-    """One episode of the deterministic policy tanh(mean), as arrays in Minari's terms; actions in [-1, 1]."""
+    """One episode of the deterministic policy tanh(mean), as arrays named as in a demonstration file; actions in [-1, 1]."""
     device = next(actor.parameters()).device
     steps, done = [], False
     observation, _ = env.reset(seed=seed)

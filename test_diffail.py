@@ -19,6 +19,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -865,7 +866,10 @@ def test_demonstrations_survive_the_round_trip(tmp_path):
     assert demos.observations.shape == (15, 2) and demos.actions.shape == (15, 1) and demos.expert_return == 35
     np.testing.assert_array_equal(demos.observations[:, 0], np.tile(np.arange(5), 3))
     np.testing.assert_array_equal(demos.next_observations[:, 0], np.tile(np.arange(1, 6), 3))
-    np.testing.assert_allclose(demos.actions, 2 * actor(torch.from_numpy(demos.observations))[0].tanh().detach().numpy() - 1, rtol=1e-5)
+    actions = actor(torch.from_numpy(demos.observations))[0].tanh().detach().numpy()
+    np.testing.assert_allclose(demos.actions, actions, rtol=1e-5, atol=1e-6)
+    with np.load(path) as file:
+        np.testing.assert_allclose(file["actions"][:15], 2 * actions - 1, rtol=1e-5)  # in the environment's units, from -3 to 1
 
 
 def test_failed_episodes_can_be_left_out(tmp_path, capsys):
@@ -1196,7 +1200,7 @@ def test_no_file_can_run_code(tmp_path, capsys):
         (tmp_path / "demos.npz").write_bytes(content)
         with pytest.raises(SystemExit):
             diffail.main(small_run(tmp_path, seed=2)[0])
-    (code,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     with pytest.raises(pickle.UnpicklingError):
         exec(re.sub(r'"runs/.*?/policy.pt"', repr(str(tmp_path / "hostile.pt")), code), {})
     assert not (tmp_path / "it ran").exists()
@@ -1314,20 +1318,40 @@ def test_the_whole_pipeline_learns_the_inverted_pendulum(tmp_path):
         assert max(returns) >= 0.5 * expert_return, (script, returns)
 
 
-FAKE_SCRIPT = """
-import json, sys
+FAKE_ARGS = """
+import json, signal, sys, time
+from dataclasses import dataclass
 from pathlib import Path
-words = sys.argv[1:]
-seed, output_dir = words[words.index("--seed") + 1], Path(words[words.index("--output-dir") + 1])
-setting = "state-only" if "--state-only" in words else "state-action"
-with open(output_dir / "started", "a") as file:
-    print(seed, setting, *words[words.index("--resume") :], file=file)
-if seed == "2":
-    raise SystemExit("seed 2 does not work")
-run_dir = output_dir / f"Hopper-v4__diffail__{setting}__1traj__s{seed}"
-run_dir.mkdir(exist_ok=True)
-(run_dir / "evaluations.csv").write_text("step,mean_return\\n100,12.5\\n")
-(run_dir / "config.json").write_text(json.dumps({"finished_at_step": 100}))
+import tyro
+
+TOTAL_TIMESTEPS, MAY_CHANGE_ON_RESUME = {"Hopper": 100}, {"resume", "output_dir", "total_timesteps", "threads"}
+
+@dataclass
+class Args:
+    env_id: str = "Hopper-v4"
+    num_trajectories: int = 1
+    seed: int = 1
+    state_only: bool = False
+    output_dir: Path = Path("runs")
+    threads: int = 2
+    resume: bool = False
+    total_timesteps: int | None = None
+    alpha: float | None = None
+"""
+
+FAKE_SCRIPT = FAKE_ARGS + """
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    setting = "state-only" if args.state_only else "state-action"
+    with open(args.output_dir / "started", "a") as file:
+        print(args.seed, setting, *sys.argv[sys.argv.index("--resume") :], file=file)
+    if args.seed == 2:
+        raise SystemExit("seed 2 does not work")
+    run_dir = args.output_dir / f"Hopper-v4__diffail__{setting}__1traj__s{args.seed}"
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "evaluations.csv").write_text("step,mean_return\\n100,12.5\\n")
+    used = vars(args) | {"output_dir": str(args.output_dir), "alpha": args.alpha or 0.02}
+    (run_dir / "config.json").write_text(json.dumps({"args": used, "finished_at_step": args.total_timesteps or 100}))
 """
 
 
@@ -1345,25 +1369,29 @@ def test_a_grid_skips_what_is_finished_and_goes_on_past_a_failure(tmp_path):
     second = run(*command, "--seeds", 1, 3, "--", "--total-timesteps", 100)
     assert second.returncode == 0, second.stderr
     assert [line[0] for line in (runs / "started").read_text().splitlines()[4:]] == ["3", "3"]
-    longer = run(*command, "--seeds", 1, "--", "--total-timesteps", 200)  # not finished any more
-    assert longer.returncode == 0 and len((runs / "started").read_text().splitlines()) == 8
+
+    def newly_started(*further: str) -> int:
+        before = len((runs / "started").read_text().splitlines())
+        assert run(*command, "--seeds", 1, "--", *further).returncode == 0
+        return len((runs / "started").read_text().splitlines()) - before
+
+    assert newly_started() == newly_started("--alpha", "0.02") == 0  # 100 steps and this alpha are the defaults
+    assert newly_started("--total-timesteps=200") == newly_started("--alpha", "0.1") == 2
 
 
-INTERRUPTED_SCRIPT = """
-import signal, sys, time
-from pathlib import Path
-words, caught = sys.argv[1:], []
-seed, output_dir = words[words.index("--seed") + 1], Path(words[words.index("--output-dir") + 1])
-if seed == "1":  # as a run whose episode goes on for two seconds; the other one is still importing
-    signal.signal(signal.SIGINT, lambda *_: caught.append(1))
-(output_dir / f"started{seed}").touch()
-while not caught:
-    time.sleep(0.1)
-print("SIGINT", file=sys.stderr, flush=True)
-time.sleep(2)
-print("stopped", file=sys.stderr, flush=True)
-(output_dir / "checkpoint").touch()
-raise SystemExit(130)
+INTERRUPTED_SCRIPT = FAKE_ARGS + """
+if __name__ == "__main__":
+    args, caught = tyro.cli(Args), []
+    if args.seed == 1:  # as a run whose episode goes on for two seconds; the other one is still importing
+        signal.signal(signal.SIGINT, lambda *_: caught.append(1))
+    (args.output_dir / f"started{args.seed}").touch()
+    while not caught:
+        time.sleep(0.1)
+    print("SIGINT", file=sys.stderr, flush=True)
+    time.sleep(2)
+    print("stopped", file=sys.stderr, flush=True)
+    (args.output_dir / "checkpoint").touch()
+    raise SystemExit(130)
 """
 
 
@@ -1455,12 +1483,34 @@ def test_scripts_import_nothing_of_each_other_and_declare_the_pinned_requirement
 def test_the_policy_is_used_as_the_readme_says(tmp_path, capsys):
     args = IMITATION | dict(sac_hidden_dim=16, demos=corridor_demos(tmp_path / "demos.npz"))
     diffail.main(diffail.Args(**args, total_timesteps=70, output_dir=tmp_path))
-    (code,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     (path,) = tmp_path.glob("*/policy.pt")
     namespace = {}
     exec(re.sub(r'"runs/.*?/policy.pt"', repr(str(path)), code), namespace)
     assert namespace["actor"].net[0].weight.shape == (16, 2)
     assert "{'mean_return': 35.0, 'std_return': 0.0, 'mean_length': 5.0}" in capsys.readouterr().out
+
+
+def test_demonstrations_of_minari_become_a_file_as_the_readme_says(tmp_path, monkeypatch):
+    _, code = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    numbers = np.random.default_rng(0)
+    episodes = [
+        SimpleNamespace(
+            observations=numbers.normal(size=(length + 1, 2)), actions=numbers.uniform(-3, 1, (length, 1)), rewards=np.full(length, 7.0),
+            terminations=np.arange(length) == length - 1, truncations=np.zeros(length, bool),
+        )
+        for length in (3, 5)
+    ]  # fmt: skip
+    dataset = SimpleNamespace(iterate_episodes=lambda: iter(episodes))
+    monkeypatch.setitem(sys.modules, "minari", SimpleNamespace(load_dataset=lambda name: dataset))
+    exec(code.replace("HalfCheetah-v5", "Corridor-v0").replace('"demos/', f'"{tmp_path}/'), {})
+    demos = diffail.load_demonstrations(tmp_path / "Corridor-v0.npz", "Corridor-v0", 2, diffail.make_env("Corridor-v0"))
+    assert demos.expert_return == 28
+    np.testing.assert_allclose(demos.actions, np.concatenate([episode.actions + 1 for episode in episodes]) / 2, rtol=1e-5, atol=1e-6)
+    for i, episode in enumerate(episodes):
+        rows = slice(3 * i, 3 + 5 * i)
+        np.testing.assert_array_equal(demos.observations[rows], episode.observations[:-1].astype(np.float32))
+        np.testing.assert_array_equal(demos.next_observations[rows], episode.observations[1:].astype(np.float32))
 
 
 def test_readme_points_at_the_lines_it_names():
@@ -1501,11 +1551,10 @@ def test_the_results_in_the_readmes_are_those_of_the_files():
         for cell, value in ((best, max(value for _, value in evaluations)), (final, sum(last) / len(last))):
             assert cell == (f"{round(value)}, {round(100 * value / expert)} %" if finished or cell is not final else "")
         env_id, _, setting, _, _, *variant = name.split("__")
-        mark = {"normalize": "a", "paper-reward": "b", "normalize-paper-reward": "c", "ignore-terminations": "d"}.get("".join(variant))
-        if mark or not variant:
+        if not variant:
             (line,) = re.findall(rf"^\| {env_id}, {setting} \|(.*)\|$", summary, re.M)
-            ours = line.split("|")[(0 if algorithm == "DiffAIL" else 3) + len(variant)]
+            ours, papers = (line.split("|")[i + (algorithm == "GAIL")].strip() for i in (0, 2))
             shown = best.split(", ")[1] + (f", {final.split(', ')[1]}" if finished else f" until {evaluations[-1][0] // 1000}k")
-            assert shown + f" ({mark})" * len(variant) in ours.strip().split("; ")
+            assert shown in ours.split("; ") and papers == theirs
         parts = [part["commit"] for part in (config, *config.get("resumed", []))]
         assert commits.split(", ") == list(dict.fromkeys(commit[:7] for commit in parts)) and "dirty" not in "".join(parts)

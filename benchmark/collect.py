@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 RESULTS = Path(__file__).parent / "results"
 MAY_DIFFER = {"resume", "output_dir", "total_timesteps", "device", "threads", "checkpoint_every"}
-MAY_DIFFER |= {"target_return", "save_demos", "demo_episodes"}  # of sac_baseline.py
+MAY_DIFFER |= {"target_return", "save_demos", "demo_episodes", "min_demo_return"}  # of sac_baseline.py
 
 
 def what_it_is(config: dict) -> tuple[str, dict]:

@@ -4,8 +4,8 @@
     python benchmark/plot.py
 
 A result is called ENV__SCRIPT__SETTING__NUMBERtraj__sSEED.csv, or ...__VARIANT.csv where it was not made with the defaults.
-overview.png has all environments and settings, in per cent of the expert's return. Further figures have the variants, the returns of the
-training episodes, the temperature where there are runs with and without --autotune, and the correlation of surrogate and true return
+overview.png has all environments and settings, in per cent of the expert's return. Further figures have DiffAIL's variants, the returns of
+the training episodes, the temperature where there are runs with and without --autotune, and the correlation of surrogate and true return
 where there are runs of both DiffAIL and GAIL.
 """
 import csv
@@ -28,7 +28,6 @@ ENVIRONMENTS = "HalfCheetah-v4", "Ant-v4", "Hopper-v4", "Walker2d-v4"
 TEMPERATURES = {"": "alpha fixed", "autotune": "--autotune"}
 TEMPERATURES |= {"autotune-until-225k": "--autotune, alpha fixed from 225k on"}
 STYLES = [(BLUE, "-"), (ORANGE, "--"), (PURPLE, "-."), (GREEN, (0, (5, 1, 1, 1, 1, 1))), (SKY, (0, (8, 2)))]
-VARIANTS = {"normalize": "a", "paper-reward": "b", "normalize-paper-reward": "c", "ignore-terminations": "d"}  # with the README's marks
 NAMED = {"env", "setting", "algorithm", "transitions"}  # columns that are no numbers
 ALIKE = 0.05  # an evaluation whose episodes' returns have a standard deviation below this part of the expert's return
 
@@ -146,9 +145,7 @@ def plot_returns(runs: list[Run], paper: dict, column: str, name: str):
 
 
 def plot_overview(panels: dict[tuple, list[Run]], paper: dict):
-    """All environments and settings with one trajectory: our runs and the paper's, each in per cent of its own expert.
-
-    Where there is none with the defaults, VARIANTS stand in."""
+    """All environments and settings with one trajectory: our runs with the defaults and the paper's, each in per cent of its own expert."""
     figure, axes = plt.subplots(len(ENVIRONMENTS), 2, figsize=(9, 12), sharey=True, layout="constrained")
     for panel, (env_id, setting) in zip(axes.flat, itertools.product(ENVIRONMENTS, ("state-action", "state-only")), strict=True):
         panel.axhline(100, color="black", lw=1.2, label="expert")
@@ -158,17 +155,12 @@ def plot_overview(panels: dict[tuple, list[Run]], paper: dict):
             if len(steps):
                 label = f"{name} in the paper, mean of 5 seeds, smoothed"
                 panel.plot(steps / 1000, 100 * returns / paper_expert[0], linestyle=":", color=colour, lw=1.6, alpha=0.8, label=label)
-            members = [run for run in panels.get((env_id, setting, 1), ()) if run.script == script]
-            runs = [run for run in members if run.variant == ""]
-            for variant, line in zip(VARIANTS, ("--", (0, (3, 1, 1, 1)), (0, (8, 2)), "-."), strict=True):
-                for run in (run for run in members if run.variant == variant and not runs):
-                    shares, label = 100 * run.columns["mean_return"] / expert_return(env_id), f"{name} {variant} here"
-                    panel.plot(run.columns["step"] / 1000, shares, linestyle=line, color=colour, lw=1.2, label=label)
+            runs = [run for run in panels.get((env_id, setting, 1), ()) if run.script == script and run.variant == ""]
             if runs:
                 n = min(len(run.columns["step"]) for run in runs)
                 shares = 100 * np.array([run.columns["mean_return"][:n] for run in runs]) / expert_return(env_id)
                 steps = runs[0].columns["step"][:n] / 1000
-                panel.plot(steps, shares.mean(0), color=colour, lw=2.2, label=f"{name} here, mean and range of its seeds")
+                panel.plot(steps, shares.mean(0), color=colour, lw=2.2, label=f"{name} here")
                 panel.fill_between(steps, shares.min(0), shares.max(0), color=colour, alpha=0.18, lw=0)
         panel.set(title=f"{env_id}, {setting}", ylim=(-30, 135))
     for panel in axes[-1]:
@@ -233,25 +225,23 @@ def best_and_final(returns: np.ndarray, expert: float) -> str:
 
 
 def summary(panels: dict[tuple, list[Run]], paper: dict) -> str:
-    """Markdown: best and final return of each run with the defaults and of VARIANTS, in per cent of the expert's, beside the paper's.
+    """Markdown: best and final return of each run with the defaults, in per cent of the expert's, beside the paper's.
 
     Of a run that was stopped it has the best return."""
-    head = [cell for name in NAMES.values() for cell in (name, f"{name}, variants", "in the paper")]
-    lines = [f"| environment, setting | {' | '.join(head)} |", "|" + "---|" * (1 + len(head))]
-    for cell, runs in panels.items():
-        env_id, setting, _ = cell
-        cells = [f"{env_id}, {setting}"]
+    head = ["environment, setting", *NAMES.values(), *(f"{name} in the paper" for name in NAMES.values())]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for env_id, setting in itertools.product(ENVIRONMENTS, ("state-action", "state-only")):
+        cell, ours, theirs = (env_id, setting, 1), [], []
         for script, name in NAMES.items():
-            ours = {True: [], False: []}  # by whether they are of today's defaults; in the order of the seeds
-            for run in runs:
-                if run.script == script and (run.variant == "" or run.variant in VARIANTS):
+            texts = []
+            for run in panels.get(cell, ()):
+                if run.script == script and run.variant == "":
                     text = best_and_final(run.columns["mean_return"], expert_return(env_id))
-                    text = text if run.finished else f"{text.split(',')[0]} until {run.columns['step'][-1] / 1000:.0f}k"
-                    ours[run.variant == ""].append(f"{text} ({VARIANTS[run.variant]})" if run.variant else text)
-            cells += ["; ".join(ours[True]), "; ".join(ours[False])]
-            theirs, expert = (paper_curve(paper, *cell, algorithm)[1] for algorithm in (name, "expert"))
-            cells.append(best_and_final(theirs, expert[0]) if len(theirs) else "")
-        lines.append(f"| {' | '.join(cells)} |")
+                    texts.append(text if run.finished else f"{text.split(',')[0]} until {run.columns['step'][-1] / 1000:.0f}k")
+            ours.append("; ".join(texts))
+            returns, expert = (paper_curve(paper, *cell, algorithm)[1] for algorithm in (name, "expert"))
+            theirs.append(best_and_final(returns, expert[0]) if len(returns) else "")
+        lines.append(f"| {env_id}, {setting} | {' | '.join(ours + theirs)} |")
     return "\n".join(lines)
 
 
@@ -287,9 +277,10 @@ def main():
     plot_overview(panels, paper)
     for (env_id, setting, trajectories), members in panels.items():
         name = f"{env_id}__{setting}__{trajectories}traj"
-        shown = [run for run in members if run.variant == "" or run.variant in VARIANTS] or members
-        plot_returns(shown, paper, "mean_return", name)
-        if len(shown) < len(members):
+        defaults = [run for run in members if run.variant == ""]
+        if defaults:
+            plot_returns(defaults, paper, "mean_return", name)
+        if len(defaults) < len(members):
             plot_returns([run for run in members if run.script == "diffail"], paper, "mean_return", f"{name}__variants")
         explored = [run for run in members if run.script == "diffail" and "training_return" in run.columns]
         if explored:

@@ -41,27 +41,29 @@ def main():
     options = parser.parse_args()
     run_dir = options.run_dir
     state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-    args = replace(diffail.Args(), **{name: value for name, value in state["config"]["args"].items() if name not in ("demos", "compile")})
+    args = replace(diffail.Args(), **state["config"]["args"] | {"compile": False})
     env = diffail.make_env(args.env_id)
     (o,), (a,) = env.observation_space.shape, env.action_space.shape
     agent = diffail.DiffAIL(o, a, args, torch.device("cpu"))
     agent.load_state_dict(state["agent"])
-    demos = diffail.load_demonstrations(ROOT / "demos" / f"{args.env_id}.npz", args.env_id, args.num_trajectories, env)
-    place, rows = FORWARD_VELOCITY[args.env_id], [["transitions", "velocity", "number", "released", "paper", "diffusion_loss"]]
-    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
-    expert = demos.observations, 2 * (demos.actions - low) / (high - low) - 1, demos.next_observations
-    stored = state["rows"][args.learning_starts :].split((o, a, o), dim=1)
-    for name, transitions in {"replay buffer": stored, "demonstration": tuple(map(torch.from_numpy, expert))}.items():
+    demos_path = Path(args.demos or ROOT / "demos" / f"{args.env_id}.npz")
+    demos = diffail.load_demonstrations(demos_path, args.env_id, args.num_trajectories, env)
+    expert = map(torch.from_numpy, (demos.observations, demos.actions, demos.next_observations))
+    rows = state["rows"].roll(-state["position"], 0)  # from the oldest to the newest, in a full ring buffer too
+    random = max(0, args.learning_starts - (state["step"] - len(rows)))
+    stored = rows[random:].split((o, a, o), dim=1)
+    place, table = FORWARD_VELOCITY[args.env_id], [["transitions", "velocity", "number", "released", "paper", "diffusion_loss"]]
+    for name, transitions in {"replay buffer": stored, "demonstration": tuple(expert)}.items():
         velocity, values = transitions[0][:, place].numpy(), rewards(agent, *transitions)
         for low_edge, high_edge in itertools.pairwise(EDGES):
             inside = (low_edge <= velocity) & (velocity < high_edge)
             if inside.sum() >= 20:
                 means = (f"{value[inside].mean():.4g}" for value in values)
-                rows.append([name, (low_edge + high_edge) / 2, inside.sum(), *means])
+                table.append([name, (low_edge + high_edge) / 2, inside.sum(), *means])
     path = options.to / (run_dir.name + (f"__{options.variant}" if options.variant else "") + ".csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
+        csv.writer(file, lineterminator="\n").writerows(table)
     print(f"{path}, at step {state['step']:,}")
 
 

@@ -5,10 +5,12 @@
     python benchmark/run.py --scripts gail_baseline --settings state-action -- --total-timesteps 100000
     python benchmark/run.py --cluster slurm --jobs 24
 
-What comes after `--` is handed to the scripts. submitit starts the processes, here or on a Slurm cluster; its logs are in OUTPUT_DIR/logs.
-Ctrl-C ends the runs here where their episodes end, with checkpoints; the same command goes on from there.
+What comes after `--` is handed to the scripts; where that makes other runs than before, give another --output-dir too. submitit starts
+the processes, here or on a Slurm cluster; its logs are in OUTPUT_DIR/logs. Ctrl-C ends the runs here where their episodes end, with
+checkpoints; the same command goes on from there.
 """
 import argparse
+import importlib
 import itertools
 import json
 import signal
@@ -19,9 +21,11 @@ from functools import partial
 from pathlib import Path
 
 import submitit
+import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
 
 def run_dir(output_dir: Path, script: str, env_id: str, setting: str, trajectories: int, seed: int) -> Path:
@@ -29,11 +33,15 @@ def run_dir(output_dir: Path, script: str, env_id: str, setting: str, trajectori
     return output_dir / f"{env_id}__{script}__{setting}__{trajectories}traj__s{seed}"
 
 
-def finished(folder: Path, further: list[str]) -> bool:
-    """Whether the run has come to its end; with --total-timesteps among the further arguments, to that one."""
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
-    wanted = int(further[further.index("--total-timesteps") + 1]) if "--total-timesteps" in further else 0
-    return config.get("finished_at_step", -1) >= wanted
+def finished(folder: Path, script: str, words: list[str]) -> bool:
+    """Whether the run has come to its end with these arguments. Where they differ it is started again, and --resume says by what."""
+    module = importlib.import_module(script)
+    args = tyro.cli(module.Args, args=words)
+    steps = args.total_timesteps or module.TOTAL_TIMESTEPS.get(args.env_id.split("/")[-1].split("-v")[0], 500_000)
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {"args": {}}
+    chosen = {name: value for name, value in vars(args).items() if value is not None and name not in module.MAY_CHANGE_ON_RESUME}
+    as_before = all(str(value) == str(config["args"].get(name)) for name, value in chosen.items())
+    return as_before and config.get("finished_at_step", -1) >= steps
 
 
 def last_evaluation(folder: Path) -> str:
@@ -75,12 +83,11 @@ def main():
     waiting, running, failed = [], {}, []
     for seed, env_id, setting, trajectories, script in grid:
         folder = run_dir(options.output_dir, script, env_id, setting, trajectories, seed)
-        if finished(folder, further):
-            continue
-        command = [sys.executable, ROOT / f"{script}.py", "--env-id", env_id, "--num-trajectories", trajectories, "--seed", seed]
-        command += ["--state-only"] * (setting == "state-only") + ["--output-dir", options.output_dir]
-        command += ["--threads", 1, "--resume", *further]
-        waiting.append((folder, list(map(str, command))))
+        words = ["--env-id", env_id, "--num-trajectories", str(trajectories), "--seed", str(seed)]
+        words += ["--state-only"] * (setting == "state-only") + ["--output-dir", str(options.output_dir)]
+        words += ["--threads", "1", "--resume", *further]
+        if not finished(folder, script, words):
+            waiting.append((folder, [sys.executable, str(ROOT / f"{script}.py"), *words]))
     with tqdm(total=len(grid), initial=len(grid) - len(waiting), unit=" runs") as progress:
         try:
             while waiting or running:
