@@ -783,7 +783,7 @@ def test_a_coordinate_that_never_moves_is_only_centred(tmp_path):
 
 @pytest.mark.parametrize("script", [diffail, gail_baseline])
 @pytest.mark.parametrize("env_id, steps", [("Ant-v4", 500_000), ("Hopper-v4", 750_000), ("Walker2d-v5", 750_000)])
-def test_environments_differ_by_their_steps_and_hoppers_scaling_alone(script, env_id, steps, tmp_path, monkeypatch):
+def test_environments_differ_by_their_steps_hoppers_scaling_and_ants_reward_alone(script, env_id, steps, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(script, "load_demonstrations", lambda *args: sys.exit(3))
     monkeypatch.setattr(script, "check_numbers", seen.append)
@@ -792,6 +792,7 @@ def test_environments_differ_by_their_steps_and_hoppers_scaling_alone(script, en
             script.main(script.Args(env_id=env_id, **options))
     default = dataclasses.asdict(script.Args()) | {"env_id": env_id, "alpha": seen[0].alpha}  # alpha: of the dimensions of the action
     default["normalize"] = env_id == "Hopper-v4"
+    default["reward_form"] = "paper" if script is diffail and env_id == "Ant-v4" else "released"
     assert dataclasses.asdict(seen[0]) == default | {"total_timesteps": steps}
     assert dataclasses.asdict(seen[1]) == default | {"total_timesteps": 9_000, "grad_penalty": 0.5}
     released = {"grad_penalty": 0.1 if script is diffail else 4.0, "hidden_dim": 128}

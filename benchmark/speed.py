@@ -72,8 +72,9 @@ class Program:
         args = module.Args(env_id=ENV_ID, batch_size=BATCH_SIZE, **options)
         env = module.make_env(ENV_ID)
         (o,), (a,) = env.observation_space.shape, env.action_space.shape
-        if hasattr(args, "alpha"):
-            args.alpha = module.ALPHA_TIMES_DIM[args.reward_form] / a  # as main does
+        if hasattr(args, "alpha"):  # as main does for HalfCheetah
+            args.reward_form = args.reward_form or "released"
+            args.alpha = module.ALPHA_TIMES_DIM[args.reward_form] / a
         agent = agent_class(module)(o, a, args, device)
         widths = (o, a, o, 1, 1) if script == "sac_baseline" else (o, a, o)
         buffer = module.ReplayBuffer(args.buffer_size, widths, device)
