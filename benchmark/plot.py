@@ -213,7 +213,7 @@ def plot_reward_by_velocity(path: Path):
         for name, (colour, line), marker in zip(("replay buffer", "demonstration"), STYLES, "os", strict=False):
             rows = columns["transitions"] == name
             axes.plot(columns["velocity"][rows], columns[form][rows], linestyle=line, color=colour, marker=marker, lw=2.2, label=name)
-        axes.set(ylabel=f"reward, {form} form", yscale=scale)
+        axes.set(ylabel=f"c × reward per step,\n{form} form", yscale=scale)
     panels[0].set(title=", ".join(path.stem.split("__")[0:3:2]), ylim=(0, None))
     panels[1].set(xlabel="forward velocity (m/s)")
     finish(figure, panels, f"{path.stem}__reward.png")
