@@ -1454,7 +1454,7 @@ def test_same_name_same_source():
     assert inspect.getsource(diffail.DiffAIL.actor_objective) == inspect.getsource(gail_baseline.GAIL.actor_objective)
 
 
-def test_gail_differs_from_diffail_in_its_discriminator_alone():
+def test_gail_differs_from_diffail_in_its_discriminator_and_reward_alone():
     def names_alike(text: str) -> str:
         for name in ("DiffAIL", "GAIL"):
             text = text.replace(f"agent = {name}(", "agent = Agent(")
@@ -1464,10 +1464,11 @@ def test_gail_differs_from_diffail_in_its_discriminator_alone():
         text = names_alike(inspect.getsource(script.main))
         return [line for line in text.splitlines() if "#" not in line and "surrogate reward, which" not in line]
 
-    assert lines(diffail) == lines(gail_baseline)
+    of_the_reward = [line for line in lines(diffail) if "args.reward_form is None" in line or "PAPER_REWARD" in line]  # two forms, one for Ant
+    assert len(of_the_reward) == 2 and [line for line in lines(diffail) if line not in of_the_reward] == lines(gail_baseline)
     fields = [{field.name: field.default for field in dataclasses.fields(script.Args)} for script in (diffail, gail_baseline)]
     assert fields[0].keys() ^ fields[1].keys() == {"diffusion_steps", "noise_schedule"}
-    assert {name for name in fields[1] if fields[0][name] != fields[1][name]} == {"grad_penalty", "discriminator_lr"}
+    assert {name for name in fields[1] if fields[0][name] != fields[1][name]} == {"grad_penalty", "discriminator_lr", "reward_form"}
 
 
 def test_scripts_import_nothing_of_each_other_and_declare_the_pinned_requirements():
