@@ -32,6 +32,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
 
 import diffail
 import gail_baseline
@@ -1421,23 +1422,50 @@ def definitions(path: Path) -> dict[str, str]:
     return {node.name: ast.get_source_segment(text, node) for node in nodes if node.name not in ("main", "Args")}
 
 
-def test_rewards_by_velocity_are_counted_over_the_replay_buffer_and_the_demonstration(tmp_path):
+@pytest.mark.parametrize("buffer_size", [1_000, 300])
+def test_rewards_by_velocity_are_counted_over_the_replay_buffer_and_the_demonstration(buffer_size, tmp_path):
     sizes = ["--total-timesteps", 400, "--learning-starts", 200, "--eval-every", 1000, "--sac-hidden-dim", 16, "--hidden-dim", 16]
-    assert run("diffail.py", "--env-id", "Hopper-v4", *sizes, "--threads", 1, "--output-dir", tmp_path).returncode == 0
+    sizes += ["--buffer-size", buffer_size, "--demos", tmp_path / "later.npz", "--threads", 1, "--output-dir", tmp_path]
+    with np.load(HERE / "demos" / "Hopper-v4.npz") as file:  # without the first episode, so that it is not the default file
+        first = 1 + np.flatnonzero(file["terminations"] | file["truncations"])[0]
+        later = {name: file[name] if name == "metadata" else file[name][first:] for name in file.files}
+    np.savez(tmp_path / "later.npz", **later)
+    assert run("diffail.py", "--env-id", "Hopper-v4", *sizes).returncode == 0
     (run_dir,) = tmp_path.glob("Hopper*")
     done = run("benchmark/reward_by_velocity.py", run_dir, "--to", tmp_path / "out", "--variant", "tiny")
     assert done.returncode == 0, done.stderr
     with open(tmp_path / "out" / f"{run_dir.name}__tiny.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    stored = torch.load(run_dir / "checkpoint.pt", weights_only=True)["rows"][200:, 5].numpy()
-    with np.load(HERE / "demos" / "Hopper-v4.npz") as file:
-        demonstrated = file["observations"][: 1 + np.flatnonzero(file["terminations"] | file["truncations"])[0], 5]
+    velocities = torch.load(run_dir / "checkpoint.pt", weights_only=True)["rows"][:, 5].numpy()
+    # Of a ring of 300, steps 301 to 400 have overwritten 1 to 100, and 101 to 200 are the random ones that are left.
+    stored = velocities[200:] if buffer_size > 400 else np.concatenate([velocities[200:], velocities[:100]])
+    demonstrated = later["observations"][: 1 + np.flatnonzero(later["terminations"] | later["truncations"])[0], 5]
     for name, velocities in {"replay buffer": stored, "demonstration": demonstrated}.items():
         found = {float(row["velocity"]): int(row["number"]) for row in rows if row["transitions"] == name}
         counts = {middle: int(((velocities >= middle - 0.25) & (velocities < middle + 0.25)).sum()) for middle in np.arange(-1, 6.1, 0.5)}
         assert found == {middle: count for middle, count in counts.items() if count >= 20} and found
     # Jensen: the mean of exp(-squared error) is at least exp(-mean), so the released form's D and reward are the greater ones.
     assert all(float(row["released"]) >= float(row["paper"]) > 0 and float(row["diffusion_loss"]) > 0 for row in rows)
+
+
+def test_results_are_collected_as_a_run_goes_on_but_not_over_those_of_another_run(tmp_path):
+    run_dir, to = tmp_path / "Pendulum-v1__sac_baseline__s1", tmp_path / "results"
+    with SummaryWriter(run_dir) as writer:
+        for step in (1_000, 2_000):
+            writer.add_scalar("losses/qf_loss", step / 4_000, step)
+    (run_dir / "evaluations.csv").write_text("step,mean_return\n1000,12.5\n")
+
+    def collect(**args) -> subprocess.CompletedProcess:
+        (run_dir / "config.json").write_text(json.dumps({"commit": "c", "args": {"seed": 1, "min_demo_return": None} | args}))
+        return run("benchmark/collect.py", "--to", to, run_dir)
+
+    to.mkdir()
+    assert collect().returncode == 0 and collect(min_demo_return=-200.0).returncode == 0
+    assert (to / "training" / f"{run_dir.name}.csv").read_text() == "step,qf_loss\n1000,0.25\n2000,0.5\n"
+    before = {path: path.read_bytes() for path in to.rglob("*") if path.is_file()}
+    refused = collect(seed=2)
+    assert refused.returncode == 1 and "left as it is" in refused.stderr and len(before) == 3
+    assert before == {path: path.read_bytes() for path in to.rglob("*") if path.is_file()}
 
 
 def test_same_name_same_source():
