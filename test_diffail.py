@@ -1448,6 +1448,44 @@ def test_rewards_by_velocity_are_counted_over_the_replay_buffer_and_the_demonstr
     assert all(float(row["released"]) >= float(row["paper"]) > 0 and float(row["diffusion_loss"]) > 0 for row in rows)
 
 
+def test_behaviour_is_that_of_the_checkpoints_policy_and_of_its_demonstration(tmp_path):
+    sizes = ["--total-timesteps", 300, "--learning-starts", 200, "--eval-every", 1000, "--sac-hidden-dim", 16, "--hidden-dim", 16]
+    assert run("diffail.py", "--env-id", "Hopper-v4", "--state-only", *sizes, "--threads", 1, "--output-dir", tmp_path).returncode == 0
+    (run_dir,) = tmp_path.glob("Hopper*")
+    done = run("benchmark/behaviour.py", run_dir, "--to", tmp_path / "out", "--variant", "tiny")
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "out" / f"{run_dir.name}__tiny.csv", newline="") as file:
+        rows = {row.pop("transitions"): {name: float(value) for name, value in row.items()} for row in csv.DictReader(file)}
+    network = diffail.Actor(11, 3, 16)
+    network.load_state_dict(torch.load(run_dir / "policy.pt", weights_only=True)["actor"])
+    env, velocities, actions = gym.make("Hopper-v4"), [], []
+    for seed in range(10):
+        observation, done = env.reset(seed=seed)[0], False
+        while not done:
+            velocities.append(observation[5])
+            with torch.no_grad():
+                actions.append(network(torch.from_numpy(observation).float())[0].tanh().numpy())
+            observation, _, terminated, truncated, _ = env.step(actions[-1])
+            done = terminated or truncated
+    with np.load(HERE / "demos" / "Hopper-v4.npz") as file:
+        first = slice(1 + np.flatnonzero(file["terminations"] | file["truncations"])[0])
+        demonstrated = file["observations"][first, 5], file["actions"][first]
+        x = torch.from_numpy(np.concatenate([file["observations"][first], file["next_observations"][first]], axis=1))
+    discriminator = diffail.DiffusionDiscriminator(22, 16, 10, "linear")
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"]
+    discriminator.load_state_dict({name.removeprefix("discriminator."): value for name, value in state.items() if "discriminator." in name})
+    noise, x = torch.randn(10, *x.shape), (x - x.mean(0)) / x.std(0)  # other noise than the script's: the mean over all steps is near
+    with torch.no_grad():
+        error, _ = discriminator.denoising_error(x, noise, torch.arange(10)[:, None])
+    expected_reward = -2 * torch.log(1 - torch.exp(-error.square()).mean((0, 2))).mean().item()
+    for name, (velocity, action) in {"policy": (velocities, np.array(actions)), "demonstration": demonstrated}.items():
+        wanted = {"step": 300, "number": len(action), "velocity": np.mean(velocity), "mean_abs_action": np.abs(action).mean()}
+        wanted["squared_actions"] = np.square(action).sum(1).mean()
+        reward = rows[name].pop("surrogate_reward")
+        assert rows[name] == pytest.approx(wanted, rel=1e-3)
+        assert name == "policy" or reward == pytest.approx(expected_reward, rel=0.02)
+
+
 def test_results_are_collected_as_a_run_goes_on_but_not_over_those_of_another_run(tmp_path):
     run_dir, to = tmp_path / "Pendulum-v1__sac_baseline__s1", tmp_path / "results"
     with SummaryWriter(run_dir) as writer:

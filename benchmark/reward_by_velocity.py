@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import torch
 
@@ -21,6 +22,17 @@ import diffail  # noqa: E402  (of this repository)
 
 FORWARD_VELOCITY = {"HalfCheetah-v4": 8, "Hopper-v4": 5, "Walker2d-v4": 8, "Ant-v4": 13}  # its place in the observation
 EDGES = np.arange(-1.25, 6.3, 0.5)  # so that one interval has 0 in its middle
+
+
+def load_run(run_dir: Path) -> tuple[dict, diffail.DiffAIL, gym.Env, diffail.Demonstrations]:
+    """Checkpoint, agent, environment and demonstrations of a DiffAIL run."""
+    state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+    args = replace(diffail.Args(), **state["config"]["args"] | {"compile": False})
+    env = diffail.make_env(args.env_id)
+    agent = diffail.DiffAIL(env.observation_space.shape[0], env.action_space.shape[0], args, torch.device("cpu"))
+    agent.load_state_dict(state["agent"])
+    demos_path = Path(args.demos or ROOT / "demos" / f"{args.env_id}.npz")
+    return state, agent, env, diffail.load_demonstrations(demos_path, args.env_id, args.num_trajectories, env)
 
 
 @torch.no_grad()
@@ -40,14 +52,8 @@ def main():
     parser.add_argument("--variant", help="in a word or two, what was not the default")
     options = parser.parse_args()
     run_dir = options.run_dir
-    state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-    args = replace(diffail.Args(), **state["config"]["args"] | {"compile": False})
-    env = diffail.make_env(args.env_id)
-    (o,), (a,) = env.observation_space.shape, env.action_space.shape
-    agent = diffail.DiffAIL(o, a, args, torch.device("cpu"))
-    agent.load_state_dict(state["agent"])
-    demos_path = Path(args.demos or ROOT / "demos" / f"{args.env_id}.npz")
-    demos = diffail.load_demonstrations(demos_path, args.env_id, args.num_trajectories, env)
+    state, agent, env, demos = load_run(run_dir)
+    (o,), (a,), args = env.observation_space.shape, env.action_space.shape, agent.args
     expert = map(torch.from_numpy, (demos.observations, demos.actions, demos.next_observations))
     rows = state["rows"].roll(-state["position"], 0)  # from the oldest to the newest, in a full ring buffer too
     random = max(0, args.learning_starts - (state["step"] - len(rows)))
