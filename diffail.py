@@ -10,11 +10,11 @@ states x = [s, s'] with --state-only, of dimension d, for Hopper (or with --norm
              + lambda E[(||grad_x D(x)||_2 - 1)^2]                  gradient penalty        gradient_penalty
     R(x) = -log(1 - mean over t and d of exp(-(eps_t - eps_phi)^2)) surrogate reward        surrogate_reward
              or, as the paper prints it, for Ant (or with --reward-form paper), -log(1 - exp(-mean over t of L))
-    max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_loss, actor_loss
+    max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_objective, actor_objective
 
 The discriminator's expectations are also over t and eps, one of each drawn afresh for every sample, and the penalty is taken at random
 points between a sample of the expert's and one of the policy's; only the reward averages over all t. c is --reward-scale, and alpha a
-constant, or with --autotune what temperature_loss makes of it.
+constant, or with --autotune what actor_objective makes of it.
 
 The true reward is never learned from: it is not even stored. It is only logged and printed.
 
@@ -330,30 +330,6 @@ class TwinCritic(nn.Module):
         return self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)
 
 
-def critic_loss(
-    critic: TwinCritic, target_critic: TwinCritic, actor: Actor, alpha: Tensor,
-    observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float,
-) -> Tensor:  # fmt: skip
-    """Soft Bellman error of both critics (SAC, eq. 5), for rewards [B] and a discount, a number or [B] with 0 where the task ends."""
-    with torch.no_grad():
-        next_actions, next_log_prob, _, _ = actor.sample(next_observations)
-        next_value = torch.min(*target_critic(next_observations, next_actions)) - alpha * next_log_prob
-        target = rewards + discount * next_value
-    q1, q2 = critic(observations, actions)
-    return 0.5 * (F.mse_loss(q1, target) + F.mse_loss(q2, target))
-
-
-def actor_loss(actor: Actor, critic: TwinCritic, alpha: Tensor, observations: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Policy objective (SAC, eq. 9), and what it was computed from: log pi(a|s) [B], mean and log_std of u [B, act]."""
-    actions, log_prob, mean, log_std = actor.sample(observations)
-    return (alpha * log_prob - torch.min(*critic(observations, actions))).mean(), log_prob, mean, log_std
-
-
-def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
-    """Temperature objective (SAC, eq. 18) with log alpha in place of the factor alpha, as most code has it: the gradient keeps its sign."""
-    return -log_alpha * (log_prob.detach().mean() + target_entropy)
-
-
 @torch.no_grad()
 def polyak_update(target: nn.Module, source: nn.Module, tau: float):
     """target <- (1 - tau) target + tau source, parameter by parameter."""
@@ -396,7 +372,7 @@ def compiled(function: Callable) -> Callable:
 def gradients(objective: Callable, parameters: list[Tensor], *batch: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """Gradients of the loss objective(*batch)[0], and what is to be logged, objective(*batch)[1]; --compile makes one program of both."""
     loss, losses = objective(*batch)
-    return torch.autograd.grad(loss, parameters), losses
+    return torch.autograd.grad(loss, parameters), {name: value.detach() for name, value in losses.items()}
 
 
 class DiffAIL(nn.Module):
@@ -470,27 +446,36 @@ class DiffAIL(nn.Module):
         """Denoise the expert's samples [B, d] well, and the policy's badly."""
         noise, t = self.discriminator.draw(2 * len(expert), expert.shape[1])
         expert_loss, policy_loss = discriminator_loss(self.discriminator, expert, policy, noise, t)
-        loss = expert_loss + policy_loss
-        losses = {"expert_loss": expert_loss.detach(), "policy_loss": policy_loss.detach()}
+        loss, losses = expert_loss + policy_loss, {"expert_loss": expert_loss, "policy_loss": policy_loss}
         if self.args.grad_penalty > 0:
             mix = torch.rand(len(expert), 1, device=expert.device)
             penalty = gradient_penalty(self.discriminator, expert, policy, mix, *self.discriminator.draw(*expert.shape))
-            loss, losses["grad_penalty"] = loss + self.args.grad_penalty * penalty, penalty.detach()
+            loss, losses["grad_penalty"] = loss + self.args.grad_penalty * penalty, penalty
         return loss, losses
 
-    def critic_objective(self, *batch: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Soft Bellman error of both critics, for a batch as in critic_loss."""
-        loss = critic_loss(self.critic, self.target_critic, self.actor, self.log_alpha.detach().exp(), *batch)
-        return loss, {"qf_loss": loss.detach()}
+    def critic_objective(
+        self, observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Soft Bellman error of both critics (SAC, eq. 5), for rewards [B] and a discount, a number or [B] with 0 where the task ends."""
+        with torch.no_grad():
+            next_actions, next_log_prob, _, _ = self.actor.sample(next_observations)
+            next_value = torch.min(*self.target_critic(next_observations, next_actions)) - self.log_alpha.exp() * next_log_prob
+            target = rewards + discount * next_value
+        q1, q2 = self.critic(observations, actions)
+        loss = 0.5 * (F.mse_loss(q1, target) + F.mse_loss(q2, target))
+        return loss, {"qf_loss": loss}
 
     def actor_objective(self, observations: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """High value and high entropy for the actor, and with --autotune the target entropy for the temperature."""
+        """High value and high entropy for the actor (SAC, eq. 9), and with --autotune the target entropy for the temperature (eq. 18).
+
+        In place of eq. 18's factor alpha there is log alpha, as in most code: the gradient keeps its sign."""
         alpha = self.log_alpha.detach().exp()
-        pi_loss, log_prob, mean, log_std = actor_loss(self.actor, self.critic, alpha, observations)
+        actions, log_prob, mean, log_std = self.actor.sample(observations)
+        pi_loss = (alpha * log_prob - torch.min(*self.critic(observations, actions))).mean()
         loss = pi_loss + self.args.actor_regularizer * (mean.square().mean() + log_std.square().mean())
         if self.args.autotune:
-            loss = loss + temperature_loss(self.log_alpha, log_prob, self.target_entropy)
-        return loss, {"actor_loss": pi_loss.detach(), "alpha": alpha, "entropy": -log_prob.detach().mean()}
+            loss = loss - self.log_alpha * (log_prob.detach().mean() + self.target_entropy)
+        return loss, {"actor_loss": pi_loss, "alpha": alpha, "entropy": -log_prob.mean()}
 
     def surrogate_return(self, episode: dict[str, np.ndarray]) -> float:
         """Sum of an episode's surrogate rewards, with noise from a generator of its own, seeded alike for all episodes."""

@@ -8,9 +8,9 @@ arXiv 1807.06158). For x = [s, a], or with --state-only [s, s'], of dimension d,
              + lambda E[(||grad_x f(x)||_2 - 1)^2]                  gradient penalty        logit_gradient_penalty
     R(x) = log D(x)                                                 surrogate reward        gail_reward
              or, as more usual, -log(1 - D(x)), by --reward-form paper
-    max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_loss, actor_loss
+    max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_objective, actor_objective
 
-where c is --reward-scale, and alpha a constant, or with --autotune what temperature_loss makes of it.
+where c is --reward-scale, and alpha a constant, or with --autotune what actor_objective makes of it.
 
 `diff gail_baseline.py diffail.py` shows what DiffAIL changes: discriminator, reward, and their hyperparameters (here those of DiffAIL's
 authors for GAIL).
@@ -193,30 +193,6 @@ class TwinCritic(nn.Module):
         return self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)
 
 
-def critic_loss(
-    critic: TwinCritic, target_critic: TwinCritic, actor: Actor, alpha: Tensor,
-    observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float,
-) -> Tensor:  # fmt: skip
-    """Soft Bellman error of both critics (SAC, eq. 5), for rewards [B] and a discount, a number or [B] with 0 where the task ends."""
-    with torch.no_grad():
-        next_actions, next_log_prob, _, _ = actor.sample(next_observations)
-        next_value = torch.min(*target_critic(next_observations, next_actions)) - alpha * next_log_prob
-        target = rewards + discount * next_value
-    q1, q2 = critic(observations, actions)
-    return 0.5 * (F.mse_loss(q1, target) + F.mse_loss(q2, target))
-
-
-def actor_loss(actor: Actor, critic: TwinCritic, alpha: Tensor, observations: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Policy objective (SAC, eq. 9), and what it was computed from: log pi(a|s) [B], mean and log_std of u [B, act]."""
-    actions, log_prob, mean, log_std = actor.sample(observations)
-    return (alpha * log_prob - torch.min(*critic(observations, actions))).mean(), log_prob, mean, log_std
-
-
-def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
-    """Temperature objective (SAC, eq. 18) with log alpha in place of the factor alpha, as most code has it: the gradient keeps its sign."""
-    return -log_alpha * (log_prob.detach().mean() + target_entropy)
-
-
 @torch.no_grad()
 def polyak_update(target: nn.Module, source: nn.Module, tau: float):
     """target <- (1 - tau) target + tau source, parameter by parameter."""
@@ -259,7 +235,7 @@ def compiled(function: Callable) -> Callable:
 def gradients(objective: Callable, parameters: list[Tensor], *batch: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """Gradients of the loss objective(*batch)[0], and what is to be logged, objective(*batch)[1]; --compile makes one program of both."""
     loss, losses = objective(*batch)
-    return torch.autograd.grad(loss, parameters), losses
+    return torch.autograd.grad(loss, parameters), {name: value.detach() for name, value in losses.items()}
 
 
 class GAIL(nn.Module):
@@ -328,25 +304,35 @@ class GAIL(nn.Module):
         """Tell the expert's samples [B, d] from the policy's."""
         expert_loss, policy_loss = binary_cross_entropy(self.discriminator, expert, policy)
         loss = (expert_loss + policy_loss) / 2  # the mean over all samples, which the released lambda goes with
-        losses = {"expert_loss": expert_loss.detach(), "policy_loss": policy_loss.detach()}
+        losses = {"expert_loss": expert_loss, "policy_loss": policy_loss}
         if self.args.grad_penalty > 0:
             penalty = logit_gradient_penalty(self.discriminator, expert, policy, torch.rand(len(expert), 1, device=expert.device))
-            loss, losses["grad_penalty"] = loss + self.args.grad_penalty * penalty, penalty.detach()
+            loss, losses["grad_penalty"] = loss + self.args.grad_penalty * penalty, penalty
         return loss, losses
 
-    def critic_objective(self, *batch: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Soft Bellman error of both critics, for a batch as in critic_loss."""
-        loss = critic_loss(self.critic, self.target_critic, self.actor, self.log_alpha.detach().exp(), *batch)
-        return loss, {"qf_loss": loss.detach()}
+    def critic_objective(
+        self, observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Soft Bellman error of both critics (SAC, eq. 5), for rewards [B] and a discount, a number or [B] with 0 where the task ends."""
+        with torch.no_grad():
+            next_actions, next_log_prob, _, _ = self.actor.sample(next_observations)
+            next_value = torch.min(*self.target_critic(next_observations, next_actions)) - self.log_alpha.exp() * next_log_prob
+            target = rewards + discount * next_value
+        q1, q2 = self.critic(observations, actions)
+        loss = 0.5 * (F.mse_loss(q1, target) + F.mse_loss(q2, target))
+        return loss, {"qf_loss": loss}
 
     def actor_objective(self, observations: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """High value and high entropy for the actor, and with --autotune the target entropy for the temperature."""
+        """High value and high entropy for the actor (SAC, eq. 9), and with --autotune the target entropy for the temperature (eq. 18).
+
+        In place of eq. 18's factor alpha there is log alpha, as in most code: the gradient keeps its sign."""
         alpha = self.log_alpha.detach().exp()
-        pi_loss, log_prob, mean, log_std = actor_loss(self.actor, self.critic, alpha, observations)
+        actions, log_prob, mean, log_std = self.actor.sample(observations)
+        pi_loss = (alpha * log_prob - torch.min(*self.critic(observations, actions))).mean()
         loss = pi_loss + self.args.actor_regularizer * (mean.square().mean() + log_std.square().mean())
         if self.args.autotune:
-            loss = loss + temperature_loss(self.log_alpha, log_prob, self.target_entropy)
-        return loss, {"actor_loss": pi_loss.detach(), "alpha": alpha, "entropy": -log_prob.detach().mean()}
+            loss = loss - self.log_alpha * (log_prob.detach().mean() + self.target_entropy)
+        return loss, {"actor_loss": pi_loss, "alpha": alpha, "entropy": -log_prob.mean()}
 
     def surrogate_return(self, episode: dict[str, np.ndarray]) -> float:
         """Sum of an episode's surrogate rewards."""

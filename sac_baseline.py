@@ -2,9 +2,9 @@
 
 Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905:
 
-    J_Q = 1/2 E[(Q(s, a) - (r + gamma (min Q'(s', a') - alpha log pi(a'|s'))))^2]       eq. 5     critic_loss
-    J_pi = E[alpha log pi(a|s) - min Q(s, a)] with a = tanh(mean + std eps)             eq. 9     actor_loss
-    J_alpha = E[-alpha (log pi(a|s) + target entropy)]                                  eq. 18    temperature_loss
+    J_Q = 1/2 E[(Q(s, a) - (r + gamma (min Q'(s', a') - alpha log pi(a'|s'))))^2]       eq. 5     critic_objective
+    J_pi = E[alpha log pi(a|s) - min Q(s, a)] with a = tanh(mean + std eps)             eq. 9     actor_objective
+    J_alpha = E[-alpha (log pi(a|s) + target entropy)]                                  eq. 18    actor_objective
 
     python sac_baseline.py --env-id HalfCheetah-v4
     python sac_baseline.py --env-id Pendulum-v1 --target-return -180 --save-demos demos/Pendulum-v1.npz
@@ -133,30 +133,6 @@ class TwinCritic(nn.Module):
         return self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)
 
 
-def critic_loss(
-    critic: TwinCritic, target_critic: TwinCritic, actor: Actor, alpha: Tensor,
-    observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float,
-) -> Tensor:  # fmt: skip
-    """Soft Bellman error of both critics (SAC, eq. 5), for rewards [B] and a discount, a number or [B] with 0 where the task ends."""
-    with torch.no_grad():
-        next_actions, next_log_prob, _, _ = actor.sample(next_observations)
-        next_value = torch.min(*target_critic(next_observations, next_actions)) - alpha * next_log_prob
-        target = rewards + discount * next_value
-    q1, q2 = critic(observations, actions)
-    return 0.5 * (F.mse_loss(q1, target) + F.mse_loss(q2, target))
-
-
-def actor_loss(actor: Actor, critic: TwinCritic, alpha: Tensor, observations: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Policy objective (SAC, eq. 9), and what it was computed from: log pi(a|s) [B], mean and log_std of u [B, act]."""
-    actions, log_prob, mean, log_std = actor.sample(observations)
-    return (alpha * log_prob - torch.min(*critic(observations, actions))).mean(), log_prob, mean, log_std
-
-
-def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
-    """Temperature objective (SAC, eq. 18) with log alpha in place of the factor alpha, as most code has it: the gradient keeps its sign."""
-    return -log_alpha * (log_prob.detach().mean() + target_entropy)
-
-
 @torch.no_grad()
 def polyak_update(target: nn.Module, source: nn.Module, tau: float):
     """target <- (1 - tau) target + tau source, parameter by parameter."""
@@ -196,7 +172,7 @@ def compiled(function: Callable) -> Callable:
 def gradients(objective: Callable, parameters: list[Tensor], *batch: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """Gradients of the loss objective(*batch)[0], and what is to be logged, objective(*batch)[1]; --compile makes one program of both."""
     loss, losses = objective(*batch)
-    return torch.autograd.grad(loss, parameters), losses
+    return torch.autograd.grad(loss, parameters), {name: value.detach() for name, value in losses.items()}
 
 
 class SAC(nn.Module):
@@ -235,17 +211,27 @@ class SAC(nn.Module):
         optimizer.step()
         return losses
 
-    def critic_objective(self, *batch: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Soft Bellman error of both critics, for a batch as in critic_loss."""
-        loss = critic_loss(self.critic, self.target_critic, self.actor, self.log_alpha.detach().exp(), *batch)
-        return loss, {"qf_loss": loss.detach()}
+    def critic_objective(
+        self, observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Soft Bellman error of both critics (SAC, eq. 5), for rewards [B] and a discount, a number or [B] with 0 where the task ends."""
+        with torch.no_grad():
+            next_actions, next_log_prob, _, _ = self.actor.sample(next_observations)
+            next_value = torch.min(*self.target_critic(next_observations, next_actions)) - self.log_alpha.exp() * next_log_prob
+            target = rewards + discount * next_value
+        q1, q2 = self.critic(observations, actions)
+        loss = 0.5 * (F.mse_loss(q1, target) + F.mse_loss(q2, target))
+        return loss, {"qf_loss": loss}
 
     def actor_objective(self, observations: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """High value and high entropy for the actor, and the target entropy for the temperature."""
+        """High value and high entropy for the actor (SAC, eq. 9), and the target entropy for the temperature (eq. 18).
+
+        In place of eq. 18's factor alpha there is log alpha, as in most code: the gradient keeps its sign."""
         alpha = self.log_alpha.detach().exp()
-        pi_loss, log_prob, _, _ = actor_loss(self.actor, self.critic, alpha, observations)
-        loss = pi_loss + temperature_loss(self.log_alpha, log_prob, self.target_entropy)
-        return loss, {"actor_loss": pi_loss.detach(), "alpha": alpha, "entropy": -log_prob.detach().mean()}
+        actions, log_prob, _, _ = self.actor.sample(observations)
+        pi_loss = (alpha * log_prob - torch.min(*self.critic(observations, actions))).mean()
+        loss = pi_loss - self.log_alpha * (log_prob.detach().mean() + self.target_entropy)
+        return loss, {"actor_loss": pi_loss, "alpha": alpha, "entropy": -log_prob.mean()}
 
 
 class GraphedUpdate:
