@@ -693,18 +693,8 @@ def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dic
     return state
 
 
-@dataclass
-class Demonstrations:
-    """Transitions of the first episodes of a file, float32 [N, dim], actions scaled to [-1, 1]."""
-
-    observations: np.ndarray
-    actions: np.ndarray
-    next_observations: np.ndarray
-    expert_return: float  # mean over all episodes of the file
-
-
-def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym.Env) -> Demonstrations:
-    """Read the first `num_trajectories` episodes of an .npz file written by sac_baseline.py.
+def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym.Env) -> tuple[dict[str, np.ndarray], float]:
+    """Transitions [N, dim] of a file's first `num_trajectories` episodes, actions in [-1, 1], and the mean return of all its episodes.
 
     Exits with code 2 where the file is missing, broken, not finite, of another environment or its actions' bounds, or too short."""
     obs_shape, action_space = env.observation_space.shape, env.unwrapped.action_space
@@ -736,9 +726,10 @@ def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym
     ends = np.flatnonzero(data["terminations"] | data["truncations"]) + 1
     if num_trajectories > len(ends):
         fail(f"{path} holds {len(ends)} episodes, --num-trajectories asks for {num_trajectories}")
-    used = slice(ends[num_trajectories - 1])
     scaled = 2 * (data["actions"] - action_space.low) / (action_space.high - action_space.low) - 1
-    return Demonstrations(data["observations"][used], scaled[used].astype(np.float32), data["next_observations"][used], expert_return)
+    data["actions"] = scaled.astype(np.float32)
+    names = ("observations", "actions", "next_observations")
+    return {name: data[name][: ends[num_trajectories - 1]] for name in names}, expert_return
 
 
 # -------------------------------------------------------------------------------------------------------------- training
@@ -772,14 +763,13 @@ def main(args: Args):
     (observation_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
     args.alpha = args.alpha or ALPHA_TIMES_DIM[args.reward_form] / action_dim
     demos_path = args.demos or Path(__file__).parent / "demos" / f"{args.env_id}.npz"
-    demos = load_demonstrations(demos_path, args.env_id, args.num_trajectories, env)
+    demos, expert_return = load_demonstrations(demos_path, args.env_id, args.num_trajectories, env)
 
     setting = "state-only" if args.state_only else "state-action"
     run_dir = args.output_dir / f"{args.env_id}__diffail__{setting}__{args.num_trajectories}traj__s{args.seed}"
 
-    expert_arrays = demos.observations, demos.actions, demos.next_observations
     agent = DiffAIL(observation_dim, action_dim, args, device)
-    expert_x = agent.set_expert(*(torch.from_numpy(array).to(device) for array in expert_arrays))
+    expert_x = agent.set_expert(*(torch.from_numpy(array).to(device) for array in demos.values()))
     buffer = ReplayBuffer(args.buffer_size, (observation_dim, action_dim, observation_dim), device)
     update = partial(agent.update, expert_x, buffer)
     if device.type == "cuda":
@@ -854,7 +844,7 @@ def main(args: Args):
             writer.add_scalar("eval/return", mean_return, step)
             writer.add_scalar("charts/reward_correlation", evaluations[-1]["reward_correlation"], step)
             writer.add_scalar("charts/SPS", step / (time.perf_counter() - clock), step)
-            share = share_of_expert(mean_return, demos.expert_return)
+            share = share_of_expert(mean_return, expert_return)
             progress.write(f"{step:>9,} steps: return {mean_return:8.1f} ± {std_return:6.1f}, {share}")
             progress.set_postfix_str(f"return {mean_return:.0f}, {share}")
         if done and step < args.total_timesteps and (stop or step - last_checkpoint >= args.checkpoint_every):
@@ -874,15 +864,15 @@ def main(args: Args):
     check_finite(losses | agent.state_dict(), step)
     policy = {"actor": agent.actor.state_dict(), "env_id": args.env_id, "sac_hidden_dim": args.sac_hidden_dim}
     write_file(run_dir / "policy.pt", lambda file: torch.save(policy, file))
-    finished = {"finished_at_step": step, "wall_time_seconds": round(time.perf_counter() - clock), "expert_return": demos.expert_return}
+    finished = {"finished_at_step": step, "wall_time_seconds": round(time.perf_counter() - clock), "expert_return": expert_return}
     write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config | finished, indent=2).encode()))
     checkpoint(step)
     print(f"{run_dir}: {step:,} steps in {finished['wall_time_seconds'] / 60:.1f} minutes")
     if evaluations:
         returns = np.array([row["mean_return"] for row in evaluations])
         best, final = returns.max(), returns[-5:].mean()
-        print(f"best return {best:.1f}, {share_of_expert(best, demos.expert_return)}")
-        print(f"final return {final:.1f}, {share_of_expert(final, demos.expert_return)} (mean of the last {len(returns[-5:])} evaluations)")
+        print(f"best return {best:.1f}, {share_of_expert(best, expert_return)}")
+        print(f"final return {final:.1f}, {share_of_expert(final, expert_return)} (mean of the last {len(returns[-5:])} evaluations)")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def main():
     episodes = [diffail.play_episode(agent.actor, env, seed) for seed in range(EPISODES)]
     policy = {name: np.concatenate([episode[name] for episode in episodes]) for name in ("observations", "actions", "next_observations")}
     table = [["step", "transitions", "number", "velocity", "mean_abs_action", "squared_actions", "surrogate_reward"]]
-    for name, transitions in {"policy": policy, "demonstration": vars(demos)}.items():
+    for name, transitions in {"policy": policy, "demonstration": demos}.items():
         actions, number = transitions["actions"], len(transitions["actions"])
         velocity = transitions["observations"][:, FORWARD_VELOCITY[agent.args.env_id]].mean()
         means = velocity, np.abs(actions).mean(), np.square(actions).sum(1).mean(), agent.surrogate_return(transitions) / number

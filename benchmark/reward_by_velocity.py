@@ -24,7 +24,7 @@ FORWARD_VELOCITY = {"HalfCheetah-v4": 8, "Hopper-v4": 5, "Walker2d-v4": 8, "Ant-
 EDGES = np.arange(-1.25, 6.3, 0.5)  # so that one interval has 0 in its middle
 
 
-def load_run(run_dir: Path) -> tuple[dict, diffail.DiffAIL, gym.Env, diffail.Demonstrations]:
+def load_run(run_dir: Path) -> tuple[dict, diffail.DiffAIL, gym.Env, dict[str, np.ndarray]]:
     """Checkpoint, agent, environment and demonstrations of a DiffAIL run."""
     state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
     args = replace(diffail.Args(), **state["config"]["args"] | {"compile": False})
@@ -32,7 +32,7 @@ def load_run(run_dir: Path) -> tuple[dict, diffail.DiffAIL, gym.Env, diffail.Dem
     agent = diffail.DiffAIL(env.observation_space.shape[0], env.action_space.shape[0], args, torch.device("cpu"))
     agent.load_state_dict(state["agent"])
     demos_path = Path(args.demos or ROOT / "demos" / f"{args.env_id}.npz")
-    return state, agent, env, diffail.load_demonstrations(demos_path, args.env_id, args.num_trajectories, env)
+    return state, agent, env, diffail.load_demonstrations(demos_path, args.env_id, args.num_trajectories, env)[0]
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def main():
     run_dir = options.run_dir
     state, agent, env, demos = load_run(run_dir)
     (o,), (a,), args = env.observation_space.shape, env.action_space.shape, agent.args
-    expert = map(torch.from_numpy, (demos.observations, demos.actions, demos.next_observations))
+    expert = map(torch.from_numpy, demos.values())
     rows = state["rows"].roll(-state["position"], 0)  # from the oldest to the newest, in a full ring buffer too
     random = max(0, args.learning_starts - (state["step"] - len(rows)))
     stored = rows[random:].split((o, a, o), dim=1)
