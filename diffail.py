@@ -6,8 +6,8 @@ states x = [s, s'] with --state-only, of dimension d, for Hopper (or with --norm
     x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps                     forward diffusion       DiffusionDiscriminator.noised
     L(x, eps, t) = mean over d of (eps - eps_phi(x_t, t))^2         diffusion loss          DiffusionDiscriminator.diffusion_loss
     D(x, eps, t) = exp(-L(x, eps, t))                               discriminator           DiffusionDiscriminator.forward
-    min_phi  -E_expert[log D] - E_policy[log(1 - D)]                objective               discriminator_loss
-             + lambda E[(||grad_x D(x)||_2 - 1)^2]                  gradient penalty        gradient_penalty
+    min_phi  -E_expert[log D] - E_policy[log(1 - D)]                objective               DiffusionDiscriminator.adversarial_loss
+             + lambda E[(||grad_x D(x)||_2 - 1)^2]                  gradient penalty        DiffusionDiscriminator.gradient_penalty
     R(x) = -log(1 - mean over t and d of exp(-(eps_t - eps_phi)^2)) surrogate reward        surrogate_reward
              or, as the paper prints it, for Ant (or with --reward-form paper), -log(1 - exp(-mean over t of L))
     max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_objective, actor_objective
@@ -166,6 +166,11 @@ class NoisePredictor(nn.Module):
         return h, slopes
 
 
+def log_one_minus_exp(loss: Tensor) -> Tensor:
+    """log(1 - exp(-L)) for L >= 0; at least -69.08, and with finite gradients. 1 - exp(-L) would lose all its digits near L = 0."""
+    return torch.log(-torch.expm1(-loss.clamp(min=1e-30)))
+
+
 class DiffusionDiscriminator(nn.Module):
     """D(x, eps, t) = exp(-L(x, eps, t)): the better the diffusion model denoises x, the more x looks like the expert's.
 
@@ -193,7 +198,7 @@ class DiffusionDiscriminator(nn.Module):
         return self.denoising_error(x, noise, t)[0].square().mean(-1)
 
     def forward(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """D(x, eps, t) in (0, 1], [B]. Only for the reader: the losses below go by L, which keeps the digits that D near 1 loses."""
+        """D(x, eps, t) in (0, 1], [B]. Only for the reader: the losses go by L, which keeps the digits that D near 1 loses."""
         return torch.exp(-self.diffusion_loss(x, noise, t))
 
     def gradient(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -209,32 +214,19 @@ class DiffusionDiscriminator(nn.Module):
         grad = grad @ first.weight[:, : x.shape[1]]  # its other columns are for the time embedding
         return -torch.exp(-error.square().mean(-1, keepdim=True)) * (2 / x.shape[1] * self.sqrt_alpha_bar[t] * grad)
 
+    def adversarial_loss(self, expert: Tensor, policy: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """-E_expert[log D], which is E[L], and -E_policy[log(1 - D)], for expert and policy [B, d], noise [2B, d] and t [2B]."""
+        expert_loss, policy_loss = self.diffusion_loss(torch.cat([expert, policy]), noise, t).chunk(2)
+        return expert_loss.mean(), -log_one_minus_exp(policy_loss).mean()
+
+    def gradient_penalty(self, expert: Tensor, policy: Tensor, mix: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """E[(||grad D||_2 - 1)^2] where mix [B, 1] in [0, 1] puts x between policy and expert (Gulrajani et al. 2017, eq. 3)."""
+        return (self.gradient(mix * expert + (1 - mix) * policy, noise, t).norm(dim=-1) - 1).square().mean()
+
     def draw(self, batch_size: int, dim: int) -> tuple[Tensor, Tensor]:
         """Standard normal noise [batch_size, dim] and uniform t [batch_size]."""
         device, steps = self.sqrt_alpha_bar.device, len(self.sqrt_alpha_bar)
         return torch.randn(batch_size, dim, device=device), torch.randint(steps, (batch_size,), device=device)
-
-
-def log_one_minus_exp(loss: Tensor) -> Tensor:
-    """log(1 - exp(-L)) for L >= 0; at least -69.08, and with finite gradients. 1 - exp(-L) would lose all its digits near L = 0."""
-    return torch.log(-torch.expm1(-loss.clamp(min=1e-30)))
-
-
-def discriminator_loss(
-    discriminator: DiffusionDiscriminator, expert: Tensor, policy: Tensor, noise: Tensor, t: Tensor
-) -> tuple[Tensor, Tensor]:
-    """-E_expert[log D], which is E[L], and -E_policy[log(1 - D)], for expert and policy [B, d], noise [2B, d] and t [2B]."""
-    expert_loss, policy_loss = discriminator.diffusion_loss(torch.cat([expert, policy]), noise, t).chunk(2)
-    return expert_loss.mean(), -log_one_minus_exp(policy_loss).mean()
-
-
-def gradient_penalty(
-    discriminator: DiffusionDiscriminator, expert: Tensor, policy: Tensor, mix: Tensor, noise: Tensor, t: Tensor
-) -> Tensor:
-    """E[(||grad D||_2 - 1)^2] where mix [B, 1] in [0, 1] puts x between policy and expert (Gulrajani et al. 2017, eq. 3).
-
-    discriminator.gradient is, only faster, what torch.autograd.grad(discriminator(x, noise, t).sum(), x, create_graph=True) is."""
-    return (discriminator.gradient(mix * expert + (1 - mix) * policy, noise, t).norm(dim=-1) - 1).square().mean()
 
 
 @torch.no_grad()
@@ -445,11 +437,11 @@ class DiffAIL(nn.Module):
     def discriminator_objective(self, expert: Tensor, policy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Denoise the expert's samples [B, d] well, and the policy's badly."""
         noise, t = self.discriminator.draw(2 * len(expert), expert.shape[1])
-        expert_loss, policy_loss = discriminator_loss(self.discriminator, expert, policy, noise, t)
+        expert_loss, policy_loss = self.discriminator.adversarial_loss(expert, policy, noise, t)
         loss, losses = expert_loss + policy_loss, {"expert_loss": expert_loss, "policy_loss": policy_loss}
         if self.args.grad_penalty > 0:
             mix = torch.rand(len(expert), 1, device=expert.device)
-            penalty = gradient_penalty(self.discriminator, expert, policy, mix, *self.discriminator.draw(*expert.shape))
+            penalty = self.discriminator.gradient_penalty(expert, policy, mix, *self.discriminator.draw(*expert.shape))
             loss, losses["grad_penalty"] = loss + self.args.grad_penalty * penalty, penalty
         return loss, losses
 
