@@ -114,6 +114,8 @@ TOTAL_TIMESTEPS = {"Hopper": 750_000, "Walker2d": 750_000}  # as in the paper; f
 NORMALIZED = {"Hopper"}  # bodies whose x is scaled by default; found by experiment, see set_expert
 PAPER_REWARD = {"Ant"}  # bodies rewarded in the paper's form by default; found by experiment: Ant walks much sooner with it
 ALPHA_TIMES_DIM = {"released": 0.12, "paper": 0.024}  # by --reward-form; the entropy grows with the dimensions, the reward does not
+MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "checkpoint_every"}
+TRAINING, EVALUATION = range(2)  # streams of episode seeds
 
 
 # ------------------------------------------------------------------------------------ discriminator and surrogate reward
@@ -657,9 +659,6 @@ def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dic
     write_file(path, lambda file: torch.save(state, file))
 
 
-MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "checkpoint_every"}
-
-
 def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict) -> dict:
     """Restore and return what save_checkpoint wrote; `config` becomes that of the run's beginning, with this resumption noted.
 
@@ -725,8 +724,6 @@ def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym
 
 
 # -------------------------------------------------------------------------------------------------------------- training
-
-TRAINING, EVALUATION = range(2)  # streams of episode seeds
 
 
 def main(args: Args):

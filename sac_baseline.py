@@ -86,6 +86,11 @@ class Args:
     compile: bool = False  # compile losses and gradients: up to a quarter less time per step with one thread; needs a C++ compiler
 
 
+MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "checkpoint_every"}
+MAY_CHANGE_ON_RESUME |= {"target_return", "save_demos", "demo_episodes", "min_demo_return"}
+TRAINING, EVALUATION, DEMONSTRATION = range(3)  # streams of episode seeds
+
+
 # ------------------------------------------------------------------------------------------------------------------- SAC
 
 
@@ -396,10 +401,6 @@ def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dic
     write_file(path, lambda file: torch.save(state, file))
 
 
-MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "checkpoint_every"}
-MAY_CHANGE_ON_RESUME |= {"target_return", "save_demos", "demo_episodes", "min_demo_return"}
-
-
 def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict) -> dict:
     """Restore and return what save_checkpoint wrote; `config` becomes that of the run's beginning, with this resumption noted.
 
@@ -463,8 +464,6 @@ def record_demonstrations(path: Path, actor: Actor, env: gym.Env, args: Args, co
 
 
 # -------------------------------------------------------------------------------------------------------------- training
-
-TRAINING, EVALUATION, DEMONSTRATION = range(3)  # streams of episode seeds
 
 
 def main(args: Args):
