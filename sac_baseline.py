@@ -35,7 +35,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -239,27 +239,22 @@ class SAC(nn.Module):
         return loss, {"actor_loss": pi_loss, "alpha": alpha, "entropy": -log_prob.mean()}
 
 
-class GraphedUpdate:
-    """`update` on a GPU as one CUDA graph: a step is then one launch in place of hundreds.
+def graphed(update: Callable[[], dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """What `update` returns, time after time, on a GPU as one CUDA graph: a step is then one launch in place of hundreds.
 
-    The first three calls run as they are, on a stream of their own: they load libraries and fill the optimisers. The fourth is captured."""
-
-    def __init__(self, update: Callable[[], dict[str, Tensor]]):
-        self.update, self.calls, self.stream, self.graph = update, 0, torch.cuda.Stream(), torch.cuda.CUDAGraph()
-
-    def __call__(self) -> dict[str, Tensor]:
-        self.calls += 1
-        if self.calls <= 3:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                losses = self.update()
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return losses
-        if self.calls == 4:
-            with torch.cuda.graph(self.graph):
-                self.losses = self.update()
-        self.graph.replay()
-        return self.losses
+    The first three run as they are, on a stream of their own: they load libraries and fill the optimisers. The fourth is captured."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    for _ in range(3):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            losses = update()
+        torch.cuda.current_stream().wait_stream(stream)
+        yield losses
+    with torch.cuda.graph(graph):
+        losses = update()
+    while True:
+        graph.replay()
+        yield losses
 
 
 # -------------------------------------------------------------------------------------------- environment and evaluation
@@ -491,7 +486,7 @@ def main(args: Args):
     buffer = ReplayBuffer(args.buffer_size, (observation_dim, action_dim, observation_dim, 1, 1), device)
     update = partial(agent.update, buffer)
     if device.type == "cuda":
-        update = GraphedUpdate(update)
+        update = partial(next, graphed(update))
     learned = {"agent": agent, "critic_optimizer": agent.critic_optimizer, "actor_optimizer": agent.actor_optimizer}
 
     config, checkpoint_path = describe_run(args, device), run_dir / "checkpoint.pt"

@@ -101,7 +101,7 @@ class Program:
             buffer.add(observation, self.action, following, *end)
 
         update = partial(agent.update, *learner, buffer)
-        self.update = module.GraphedUpdate(update) if device.type == "cuda" else update
+        self.update = partial(next, module.graphed(update)) if device.type == "cuda" else update
         torch.compiler.set_stance("force_eager")  # compiled code keeps its products to itself
         with RecordProducts() as products:
             update()
