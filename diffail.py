@@ -136,19 +136,13 @@ def noise_schedule(name: str, steps: int) -> Tensor:
     return 1 - torch.exp(-beta_min / steps - 0.5 * (beta_max - beta_min) * (2 * t[1:] - 1) / steps**2)
 
 
-def time_embedding(steps: int, dim: int) -> Tensor:
-    """Sinusoidal embedding of t = 0 ... steps - 1, [steps, dim]: dim / 2 sines, then as many cosines (after Vaswani et al. 2017)."""
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2) / (dim // 2 - 1))
-    angles = torch.arange(steps)[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
 class NoisePredictor(nn.Module):
-    """eps_phi(x_t, t): an MLP on x_t and an embedding of t."""
+    """eps_phi(x_t, t): an MLP on x_t and an embedding of t, sinusoidal as in Vaswani et al. 2017 and then through two layers."""
 
     def __init__(self, dim: int, hidden_dim: int, diffusion_steps: int):
         super().__init__()
-        self.register_buffer("time_embedding", time_embedding(diffusion_steps, 16))
+        angles = torch.arange(diffusion_steps)[:, None] * torch.exp(-math.log(10_000) * torch.arange(8) / 7)
+        self.register_buffer("time_embedding", torch.cat([angles.sin(), angles.cos()], dim=-1))  # [T, 16]
         self.time_in, self.time_out = nn.Linear(16, 32), nn.Linear(32, 16)
         self.hidden = nn.ModuleList(nn.Linear(width, hidden_dim) for width in (dim + 16, hidden_dim, hidden_dim))
         self.out = nn.Linear(hidden_dim, dim)

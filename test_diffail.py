@@ -100,7 +100,7 @@ def test_noised_has_the_mean_and_variance_of_the_forward_diffusion(schedule):
 
 
 def test_time_embedding_follows_its_formula():
-    embedding = diffail.time_embedding(20, 16)
+    embedding = diffail.NoisePredictor(5, 8, 20).time_embedding
     for t in (0, 1, 19):
         for i in range(8):
             angle = t * math.exp(-math.log(10_000) * i / 7)
