@@ -717,14 +717,11 @@ def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym
 
 def main(args: Args):
     # Set-up: everything is checked before anything is written.
-    body = args.env_id.split("/")[-1].split("-v")[0]
-    if args.total_timesteps is None:
-        args.total_timesteps = TOTAL_TIMESTEPS.get(body, 500_000)
-    if args.normalize is None:
-        args.normalize = body in NORMALIZED
-    if args.reward_form is None:
-        args.reward_form = "paper" if body in PAPER_REWARD else "released"
     check_numbers(args)
+    body = args.env_id.split("/")[-1].split("-v")[0]
+    args.total_timesteps = args.total_timesteps or TOTAL_TIMESTEPS.get(body, 500_000)
+    args.normalize = body in NORMALIZED if args.normalize is None else args.normalize
+    args.reward_form = args.reward_form or ("paper" if body in PAPER_REWARD else "released")
     if args.learning_starts >= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} leaves nothing to learn in --total-timesteps {args.total_timesteps}")
     if args.batch_size > min(args.buffer_size, args.total_timesteps):
