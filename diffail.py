@@ -504,7 +504,7 @@ def make_env(env_id: str) -> gym.Env:
     try:
         env = gym.make(env_id)
     except Exception as error:  # environments fail in ways of their own
-        fail(f"cannot make the environment {env_id!r}: {' '.join(str(error).split())}")
+        fail(f"cannot make the environment {env_id!r}: {error}")
     for name, space in {"observation": env.observation_space, "action": env.action_space}.items():
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             fail(f"{env_id}: the {name} space must be a one-dimensional Box, not {space}")
@@ -569,10 +569,10 @@ def write_evaluations(path: Path, evaluations: list[dict[str, float]]):
 # ------------------------------------------------------------------------------------------------------- files and input
 
 
-def fail(message: str) -> NoReturn:
-    """End the program with one line on what is wrong with the user's input; exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def fail(message: str, code: int = 2) -> NoReturn:
+    """End the program with one line on what went wrong; exit code 2 for the user's input, files and disk."""
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 def check_numbers(args: Args):
@@ -598,7 +598,7 @@ def write_file(path: Path, write: Callable):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path}, and left it as it was: {' '.join(str(error).split())}")
+        fail(f"cannot write {path}, and left it as it was: {error}")
 
 
 def describe_run(args: Args, device: torch.device) -> dict:
@@ -636,8 +636,7 @@ def check_finite(values: dict[str, Tensor], step: int):
     """Exit with code 1 where a loss, action or parameter is no longer finite. The last checkpoint, in which all was finite, is kept."""
     for name, value in values.items():
         if not torch.isfinite(value).all():
-            print(f"{Path(sys.argv[0]).name}: {name} is not finite at step {step}; the last checkpoint is kept", file=sys.stderr)
-            raise SystemExit(1)
+            fail(f"{name} is not finite at step {step}; the last checkpoint is kept", 1)
 
 
 def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict, **counters):
@@ -690,7 +689,7 @@ def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym
         make = f"python sac_baseline.py --env-id {env_id} --save-demos {path}"
         fail(f"no demonstrations at {path} (there are: {known}); to make them: {make}")
     except Exception as error:  # what a damaged archive raises is open-ended
-        fail(f"{path} is not a whole demonstration file: {type(error).__name__} {' '.join(str(error).split())}")
+        fail(f"{path} is not a whole demonstration file: {type(error).__name__} {error}")
     if recorded_env_id != env_id:
         fail(f"{path} was recorded in {recorded_env_id}, not in {env_id}")
     for name, shape in expected.items():
@@ -828,8 +827,7 @@ def main(args: Args):
             if stop:
                 progress.close()
                 writer.close()
-                print(f"{run_dir}: stopped at step {step:,}; the same command with --resume goes on from there", file=sys.stderr)
-                raise SystemExit(128 + stop[0])
+                fail(f"{run_dir}: stopped at step {step:,}; the same command with --resume goes on from there", 128 + stop[0])
 
     # The end: policy, summary, and last the checkpoint, which tells --resume that all of it is there.
     progress.close()
