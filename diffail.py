@@ -499,17 +499,15 @@ def graphed(update: Callable[[], dict[str, Tensor]]) -> Iterator[dict[str, Tenso
 def make_env(env_id: str) -> gym.Env:
     """A Gymnasium environment with actions in [-1, 1] and observations in float32.
 
-    Exits with code 2 where the environment is unknown or a space is not a one-dimensional Box (bounded, for actions)."""
+    Exits with code 2 where the environment is unknown or a space is not a one-dimensional Box of floats (bounded, for actions)."""
     gym.logger.min_level = gym.logger.ERROR  # Gymnasium warns that v4 is out of date; here v4 is meant
     try:
         env = gym.make(env_id)
     except Exception as error:  # environments fail in ways of their own
         fail(f"cannot make the environment {env_id!r}: {error}")
     for name, space in {"observation": env.observation_space, "action": env.action_space}.items():
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            fail(f"{env_id}: the {name} space must be a one-dimensional Box, not {space}")
-        if not np.issubdtype(space.dtype, np.floating):
-            fail(f"{env_id}: the {name} space must hold floating-point numbers, not {space.dtype}")
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
+            fail(f"{env_id}: the {name} space must be a one-dimensional Box of floating-point numbers, not {space}")
     if not env.action_space.is_bounded() or (env.action_space.low >= env.action_space.high).any():
         fail(f"{env_id}: the action space must have finite bounds, the lower ones below the upper, not {env.action_space}")
     box = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)

@@ -965,7 +965,7 @@ BAD_INPUT = [  # what is done to the demonstrations, further arguments, and a pa
     ("", "--env-id Dict-v0", "observation space must be a one-dimensional Box"),
     ("", "--env-id Image-v0", "observation space must be a one-dimensional Box"),
     ("", "--env-id Unbounded-v0", "must have finite bounds"),
-    ("", "--env-id Whole-v0", "must hold floating-point numbers"),
+    ("", "--env-id Whole-v0", "Box of floating-point numbers, not Box(0, 5, (2,), int64)"),
     ("", "--diffusion-steps 0", "--diffusion-steps is 0, and must"),
     ("", "--discriminator-lr -1", "--discriminator-lr is -1.0, and must be a finite number from 0"),
     ("", "--actor-lr nan", "--actor-lr is nan, and must"),
