@@ -49,7 +49,7 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 
 @dataclass
@@ -506,7 +506,8 @@ def main(args: Args):
     write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
     writer = SummaryWriter(run_dir, purge_step=start + 1)
     losses, stop = {}, catch_stop_signals()
-    progress = tqdm(total=args.total_timesteps, initial=start, unit=" steps", disable=None, dynamic_ncols=True)
+    bar = {"initial": start, "total": args.total_timesteps, "unit": " steps", "disable": None, "dynamic_ncols": True}
+    progress = trange(start + 1, args.total_timesteps + 1, **bar)
     observation, _ = env.reset(seed=episode_seed(args.seed, TRAINING, episode))
     episode_return, episode_length, last_checkpoint, clock = 0.0, 0, start, time.perf_counter() - wall_time
 
@@ -515,7 +516,7 @@ def main(args: Args):
         counters = {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations}
         save_checkpoint(checkpoint_path, learned, buffer, config, **counters)
 
-    for step in range(start + 1, args.total_timesteps + 1):
+    for step in progress:
         # Learn, and only then step the environment: on a GPU the update is queued by then, and both work at the same time.
         if step <= args.learning_starts:
             action = (2 * torch.rand(action_dim) - 1).numpy()
@@ -540,7 +541,6 @@ def main(args: Args):
             writer.add_scalar("charts/episodic_length", episode_length, step)
             episode, episode_return, episode_length = episode + 1, 0.0, 0
             observation, _ = env.reset(seed=episode_seed(args.seed, TRAINING, episode))
-        progress.update()
 
         if step % args.eval_every == 0:
             check_finite(losses | agent.state_dict(), step)
@@ -564,7 +564,6 @@ def main(args: Args):
                 fail(f"{run_dir}: stopped at step {step:,}; the same command with --resume goes on from there", 128 + stop[0])
 
     # The end: policy, summary, and last the checkpoint, which tells --resume that all of it is there; then the demonstrations.
-    progress.close()
     writer.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is no episode left to wait for
     signal.signal(signal.SIGINT, signal.default_int_handler)
