@@ -23,7 +23,6 @@ Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.059
 # ///
 import copy
 import errno
-import itertools
 import json
 import math
 import os
@@ -94,10 +93,10 @@ TRAINING, EVALUATION, DEMONSTRATION = range(3)  # streams of episode seeds
 # ------------------------------------------------------------------------------------------------------------------- SAC
 
 
-def mlp(*widths: int) -> nn.Sequential:
-    """Linear layers between the given widths, with ReLU between the layers."""
-    layers = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.ReLU(inplace=True))]
-    return nn.Sequential(*layers[:-1])
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Three linear layers, ReLU after the first two."""
+    first, second, last = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)
+    return nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), last)
 
 
 class Actor(nn.Module):
@@ -105,7 +104,7 @@ class Actor(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
         super().__init__()
-        self.net = mlp(observation_dim, hidden_dim, hidden_dim, 2 * action_dim)
+        self.net = mlp(observation_dim, hidden_dim, 2 * action_dim)
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """Observations [..., obs] to the mean and the log standard deviation of u, [..., act] each."""
@@ -129,8 +128,8 @@ class TwinCritic(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
         super().__init__()
-        self.q1 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
-        self.q2 = mlp(observation_dim + action_dim, hidden_dim, hidden_dim, 1)
+        self.q1 = mlp(observation_dim + action_dim, hidden_dim, 1)
+        self.q2 = mlp(observation_dim + action_dim, hidden_dim, 1)
 
     def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Observations [B, obs] and actions [B, act] to two values, [B] each."""
