@@ -56,7 +56,7 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 
 @dataclass
@@ -632,8 +632,8 @@ def main(args: Args):
     write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
     writer = SummaryWriter(run_dir, purge_step=start + 1)
     losses, stop = {}, catch_stop_signals()
-    bar = {"initial": start, "total": args.total_timesteps, "unit": " steps", "disable": None, "dynamic_ncols": True}
-    progress = trange(start + 1, args.total_timesteps + 1, **bar)
+    steps = range(start + 1, args.total_timesteps + 1)
+    progress = tqdm(steps, initial=start, total=args.total_timesteps, unit=" steps", disable=None, dynamic_ncols=True)
     observation, _ = env.reset(seed=episode_seed(args.seed, TRAINING, episode))
     episode_return, episode_length, since_termination, last_checkpoint, clock = 0.0, 0, 0, start, time.perf_counter() - wall_time
 
