@@ -384,16 +384,8 @@ def check_finite(values: dict[str, Tensor], step: int):
             fail(f"{name} is not finite at step {step}; the last checkpoint is kept", 1)
 
 
-def save_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict, **counters):
-    """Write all that a run goes on from. Between episodes, or at the end: with a seed for each episode, no simulator state is needed."""
-    state = {name: part.state_dict() for name, part in learned.items()} | counters | {"config": config}
-    state |= {"rows": buffer.rows[: int(buffer.size)].clone(), "position": buffer.position, "rng": torch.get_rng_state()}
-    state |= {"device_rng": torch.cuda.get_rng_state() if buffer.rows.is_cuda else None}
-    write_file(path, lambda file: torch.save(state, file))
-
-
 def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict) -> dict:
-    """Restore and return what save_checkpoint wrote; `config` becomes that of the run's beginning, with this resumption noted.
+    """Restore and return what main's checkpoint wrote; `config` gets back all but its arguments, with this resumption noted.
 
     Exits with code 2 where the file is damaged or was made with other arguments."""
     try:
@@ -511,9 +503,13 @@ def main(args: Args):
     episode_return, episode_length, last_checkpoint, clock = 0.0, 0, start, time.perf_counter() - wall_time
 
     def checkpoint(step: int):
+        """Write all that a run goes on from. Each episode has its own seed, so between two of them the simulator's state is not needed."""
         check_finite(losses | agent.state_dict(), step)
-        counters = {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "evaluations": evaluations}
-        save_checkpoint(checkpoint_path, learned, buffer, config, **counters)
+        state = {name: part.state_dict() for name, part in learned.items()} | {"config": config, "evaluations": evaluations}
+        state |= {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "rng": torch.get_rng_state()}
+        state |= {"rows": buffer.rows[: int(buffer.size)].clone(), "position": buffer.position}
+        state |= {"device_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+        write_file(checkpoint_path, lambda file: torch.save(state, file))
 
     for step in progress:
         # Learn, and only then step the environment: on a GPU the update is queued by then, and both work at the same time.
