@@ -166,7 +166,7 @@ def test_discriminator_loss_is_the_binary_cross_entropy_of_d():
     discriminator = make_discriminator()
     expert, policy, noise = torch.randn(32, 5).double(), 2 * torch.randn(32, 5).double(), torch.randn(64, 5).double()
     t = torch.randint(STEPS, (64,))
-    expert_loss, policy_loss = diffail.discriminator_loss(discriminator, expert, policy, noise, t)
+    expert_loss, policy_loss = discriminator.adversarial_loss(expert, policy, noise, t)
     d_expert = torch.exp(-reference_loss(discriminator, expert, noise[:32], t[:32]))
     d_policy = torch.exp(-reference_loss(discriminator, policy, noise[32:], t[32:]))
     assert expert_loss.item() == pytest.approx(F.binary_cross_entropy(d_expert, torch.ones_like(d_expert)).item(), rel=1e-6)
@@ -189,7 +189,7 @@ def test_gradient_penalty_and_its_parameter_gradient():
         parameter.data.mul_(2)  # away from the flat start, so that every term counts
     expert, policy, mix = torch.randn(16, 5).double(), torch.randn(16, 5).double(), torch.rand(16, 1).double()
     noise, t = torch.randn(16, 5).double(), torch.randint(STEPS, (16,))
-    penalty = diffail.gradient_penalty(discriminator, expert, policy, mix, noise, t)
+    penalty = discriminator.gradient_penalty(expert, policy, mix, noise, t)
     gradients = torch.autograd.grad(penalty, list(discriminator.parameters()), allow_unused=True)
 
     x = (mix * expert + (1 - mix) * policy).requires_grad_()
@@ -206,7 +206,7 @@ def test_gradient_penalty_and_its_parameter_gradient():
         values = []
         for sign in (1, -1):
             parameter.data.add_(direction, alpha=sign * h)
-            values.append(diffail.gradient_penalty(discriminator, expert, policy, mix, noise, t).item())
+            values.append(discriminator.gradient_penalty(expert, policy, mix, noise, t).item())
             parameter.data.sub_(direction, alpha=sign * h)
         assert (gradient * direction).sum().item() == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-3, abs=1e-9)
 
@@ -246,8 +246,8 @@ def train_discriminator(expert: torch.Tensor, policy: torch.Tensor, updates: int
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=1e-3)
     for _ in range(updates):
         e, p = (data[torch.randint(len(data), (128,))] for data in (expert, policy))
-        expert_loss, policy_loss = diffail.discriminator_loss(discriminator, e, p, *discriminator.draw(256, e.shape[1]))
-        penalty = diffail.gradient_penalty(discriminator, e, p, torch.rand(128, 1), *discriminator.draw(128, e.shape[1]))
+        expert_loss, policy_loss = discriminator.adversarial_loss(e, p, *discriminator.draw(256, e.shape[1]))
+        penalty = discriminator.gradient_penalty(e, p, torch.rand(128, 1), *discriminator.draw(128, e.shape[1]))
         optimizer.zero_grad()
         (expert_loss + policy_loss + 0.1 * penalty).backward()
         optimizer.step()
@@ -259,8 +259,8 @@ def area_under_roc(positive: torch.Tensor, negative: torch.Tensor) -> float:
 
 
 def test_discriminator_separates_expert_from_random_on_held_out_data_and_not_two_identical_sets():
-    demos = diffail.load_demonstrations(HERE / "demos" / "HalfCheetah-v4.npz", "HalfCheetah-v4", 8, diffail.make_env("HalfCheetah-v4"))
-    expert = torch.from_numpy(np.concatenate([demos.observations, demos.next_observations], 1))
+    demos, _ = diffail.load_demonstrations(HERE / "demos" / "HalfCheetah-v4.npz", "HalfCheetah-v4", 8, diffail.make_env("HalfCheetah-v4"))
+    expert = torch.from_numpy(np.concatenate([demos["observations"], demos["next_observations"]], 1))
     env = diffail.make_env("HalfCheetah-v4")
     observation, _ = env.reset(seed=0)
     pairs, rng = [], np.random.default_rng(0)
@@ -380,15 +380,17 @@ def numpy_sample(actor: diffail.Actor, observations: np.ndarray, noise: np.ndarr
 
 
 def tiny_sac() -> tuple:
-    actor, critic, target = diffail.Actor(3, 2, 8), diffail.TwinCritic(3, 2, 8), diffail.TwinCritic(3, 2, 8)
+    agent = diffail.DiffAIL(3, 2, diffail.Args(alpha=0.3, autotune=True, hidden_dim=8, sac_hidden_dim=8), torch.device("cpu"))
+    agent.target_critic = diffail.TwinCritic(3, 2, 8)
+    agent.double().log_alpha.data.fill_(math.log(0.3))
     batch = torch.randn(7, 3), torch.rand(7, 2) * 2 - 1, torch.randn(7, 3), torch.randn(7), torch.tensor([0.9, 0, 0.9, 0.9, 0, 0.9, 0.9])
-    return actor.double(), critic.double(), target.double(), torch.tensor(0.3, dtype=torch.float64), [part.double() for part in batch]
+    return agent, agent.actor, agent.critic, agent.target_critic, [part.double() for part in batch]
 
 
-def test_critic_loss_is_the_hand_written_one():
-    actor, critic, target, alpha, (s, a, s_next, rewards, discount) = tiny_sac()
+def test_critic_objective_is_the_hand_written_one():
+    agent, actor, critic, target, (s, a, s_next, rewards, discount) = tiny_sac()
     torch.manual_seed(5)
-    loss = diffail.critic_loss(critic, target, actor, alpha, s, a, s_next, rewards, discount)
+    loss, losses = agent.critic_objective(s, a, s_next, rewards, discount)
     torch.manual_seed(5)
     noise = torch.randn(7, 2, dtype=torch.float64).numpy()
     a_next, log_prob = numpy_sample(actor, s_next.numpy(), noise)
@@ -396,28 +398,26 @@ def test_critic_loss_is_the_hand_written_one():
     value = np.minimum(numpy_mlp(target.q1, x_next), numpy_mlp(target.q2, x_next))[:, 0] - 0.3 * log_prob
     y = rewards.numpy() + discount.numpy() * value
     expected = sum(0.5 * np.mean((numpy_mlp(q, x)[:, 0] - y) ** 2) for q in (critic.q1, critic.q2))
-    assert loss.item() == pytest.approx(expected, rel=1e-10)
+    assert loss.item() == losses["qf_loss"].item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_actor_and_temperature_loss_are_the_hand_written_ones():
-    actor, critic, _, alpha, (s, *_) = tiny_sac()
+def test_actor_objective_is_the_hand_written_one():
+    agent, actor, critic, _, (s, *_) = tiny_sac()
     torch.manual_seed(5)
-    loss, log_prob, mean, log_std = diffail.actor_loss(actor, critic, alpha, s)
+    loss, losses = agent.actor_objective(s)
     torch.manual_seed(5)
     noise = torch.randn(7, 2, dtype=torch.float64).numpy()
-    actions, expected_log_prob = numpy_sample(actor, s.numpy(), noise)
+    actions, log_prob = numpy_sample(actor, s.numpy(), noise)
     x = np.concatenate([s, actions], 1)
     q = np.minimum(numpy_mlp(critic.q1, x), numpy_mlp(critic.q2, x))[:, 0]
-    assert loss.item() == pytest.approx(np.mean(0.3 * expected_log_prob - q), rel=1e-10)
-    np.testing.assert_allclose(log_prob.detach(), expected_log_prob, rtol=1e-9)
-    np.testing.assert_allclose(torch.cat([mean, log_std], 1).detach(), numpy_mlp(actor.net, s.numpy()), rtol=1e-10)
-
-    log_alpha = torch.tensor(math.log(0.3), dtype=torch.float64, requires_grad=True)
-    loss = diffail.temperature_loss(log_alpha, log_prob, -1.5)
-    assert loss.item() == pytest.approx(-math.log(0.3) * (expected_log_prob.mean() - 1.5), rel=1e-10)
-    loss.backward()
-    assert log_alpha.grad.item() == pytest.approx(-(expected_log_prob.mean() - 1.5), rel=1e-10)
-    assert all(parameter.grad is None for parameter in actor.parameters())
+    mean, log_std = np.split(numpy_mlp(actor.net, s.numpy()), 2, axis=1)
+    expected = np.mean(0.3 * log_prob - q)
+    assert losses["actor_loss"].item() == pytest.approx(expected, rel=1e-10)
+    assert losses["entropy"].item() == pytest.approx(-log_prob.mean(), rel=1e-10)
+    expected += 1e-3 * (np.mean(mean**2) + np.mean(log_std**2)) - math.log(0.3) * (log_prob.mean() - 1)  # -0.5 for each of two dimensions
+    assert loss.item() == pytest.approx(expected, rel=1e-10)
+    (gradient,) = torch.autograd.grad(loss, agent.log_alpha)
+    assert gradient.item() == pytest.approx(-(log_prob.mean() - 1), rel=1e-10)
 
 
 def test_polyak_update_is_the_weighted_mean():
@@ -429,12 +429,12 @@ def test_polyak_update_is_the_weighted_mean():
 
 
 def test_gradients_stay_in_the_network_that_learns():
-    actor, critic, target, alpha, batch = tiny_sac()
-    diffail.critic_loss(critic, target, actor, alpha, *batch).backward()
-    assert all(p.grad is None for p in [*target.parameters(), *actor.parameters()])
+    agent, actor, critic, target, batch = tiny_sac()
+    agent.critic_objective(*batch)[0].backward()
+    assert all(p.grad is None for p in [*target.parameters(), *actor.parameters(), agent.log_alpha])
     assert all(p.grad is not None for p in critic.parameters())
     critic.zero_grad()
-    diffail.actor_loss(actor, critic, alpha, batch[0])[0].backward(inputs=list(actor.parameters()))
+    agent.actor_objective(batch[0])[0].backward(inputs=list(actor.parameters()))
     assert all(p.grad is None for p in critic.parameters())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in actor.parameters())
 
@@ -650,14 +650,15 @@ def corridor_demos(path: Path, episodes: int = 3, env_id: str = "Corridor-v0") -
     return path
 
 
-def spy_on_critic_loss(script, monkeypatch) -> list:
-    calls, original = [], script.critic_loss
-    monkeypatch.setattr(script, "critic_loss", lambda *args: calls.append(args) or original(*args))
+def spy_on_critic_objective(script, monkeypatch) -> list:
+    kind = next(getattr(script, name) for name in ("DiffAIL", "GAIL", "SAC") if hasattr(script, name))
+    calls, original = [], kind.critic_objective
+    monkeypatch.setattr(kind, "critic_objective", lambda agent, *batch: calls.append(batch) or original(agent, *batch))
     return calls
 
 
 def test_sac_bootstraps_through_truncations_and_not_through_terminations(tmp_path, monkeypatch):
-    calls = spy_on_critic_loss(sac_baseline, monkeypatch)
+    calls = spy_on_critic_objective(sac_baseline, monkeypatch)
     sac_baseline.main(sac_baseline.Args(**SMALL, total_timesteps=100, output_dir=tmp_path))
     seen = set()
     for *_, next_observations, rewards, discount in calls:
@@ -670,20 +671,20 @@ def test_sac_bootstraps_through_truncations_and_not_through_terminations(tmp_pat
 
 @pytest.mark.parametrize("script", [diffail, gail_baseline])
 def test_imitation_bootstraps_through_every_end_and_never_sees_the_reward(script, tmp_path, monkeypatch):
-    calls = spy_on_critic_loss(script, monkeypatch)
+    calls = spy_on_critic_objective(script, monkeypatch)
     args = dict(**IMITATION, total_timesteps=100, demos=corridor_demos(tmp_path / "demos.npz"), output_dir=tmp_path)
     script.main(script.Args(**args))
     assert len(calls) == 80
     for *_, next_observations, rewards, discount in list(calls):
         assert discount == 0.99  # a number: the same after terminations, truncations and all else
         assert (next_observations[:, 0] <= 5).all() and not (rewards == 7).any()
-    surrogate_rewards = [call[7] for call in calls]
+    surrogate_rewards = [call[3] for call in calls]
     evaluations = (tmp_path / f"Corridor-v0__{script.__name__}__state-action__1traj__s1" / "evaluations.csv").read_text()
     step = Corridor.step
     monkeypatch.setattr(Corridor, "step", lambda self, action: (lambda o, r, *rest: (o, -9.0, *rest))(*step(self, action)))
-    again = spy_on_critic_loss(script, monkeypatch)
+    again = spy_on_critic_objective(script, monkeypatch)
     script.main(script.Args(**args | {"output_dir": tmp_path / "other-reward"}))
-    assert all(torch.equal(a, b[7]) for a, b in zip(surrogate_rewards, again))  # another true reward, the same surrogate rewards
+    assert all(torch.equal(a, b[3]) for a, b in zip(surrogate_rewards, again))  # another true reward, the same surrogate rewards
     assert "35.000" in evaluations and "-45.000" in next((tmp_path / "other-reward").glob("*/evaluations.csv")).read_text()
 
 
@@ -752,8 +753,8 @@ def test_the_correlation_is_that_of_the_episodes_surrogate_and_true_returns(scri
 @pytest.mark.parametrize("state_only", [False, True])
 def test_what_the_discriminator_gets(state_only, normalize, tmp_path, monkeypatch):
     path = corridor_demos(tmp_path / "demos.npz", episodes=3)
-    calls, original = [], diffail.discriminator_loss
-    monkeypatch.setattr(diffail, "discriminator_loss", lambda *args: calls.append(args) or original(*args))
+    calls, original = [], diffail.DiffusionDiscriminator.adversarial_loss
+    monkeypatch.setattr(diffail.DiffusionDiscriminator, "adversarial_loss", lambda *args: calls.append(args) or original(*args))
     args = dict(**IMITATION, demos=path, num_trajectories=2, state_only=state_only, normalize=normalize)
     diffail.main(diffail.Args(**args, total_timesteps=70, output_dir=tmp_path))
     with np.load(path) as file:
@@ -802,8 +803,8 @@ def test_environments_differ_by_their_steps_hoppers_scaling_and_ants_reward_alon
 
 @pytest.mark.parametrize("autotune", [False, True])
 def test_optimizers_are_the_released_ones_and_alpha_follows_its_target_only_with_autotune(autotune, tmp_path, monkeypatch):
-    entropies, original = [], diffail.temperature_loss
-    monkeypatch.setattr(diffail, "temperature_loss", lambda *args: entropies.append(args[2]) or original(*args))
+    agents, original = [], diffail.DiffAIL.actor_objective
+    monkeypatch.setattr(diffail.DiffAIL, "actor_objective", lambda agent, *batch: agents.append(agent) or original(agent, *batch))
     run = dict(demos=corridor_demos(tmp_path / "d.npz"), total_timesteps=70, output_dir=tmp_path)
     diffail.main(diffail.Args(**IMITATION, **run, autotune=autotune))
     state = torch.load(next(tmp_path.glob("*/checkpoint.pt")), weights_only=True)
@@ -812,7 +813,7 @@ def test_optimizers_are_the_released_ones_and_alpha_follows_its_target_only_with
         "discriminator": (3e-5, 0.9, 0.999), "actor": (3e-4, 0.25, 0.999), "critic": (3e-4, 0.25, 0.999),
     }  # fmt: skip
     assert len(groups["actor"]["params"]) == (7 if autotune else 6)  # the temperature is the actor's seventh
-    assert set(entropies) == ({-0.5} if autotune else set())  # minus half the action's one dimension
+    assert {agent.target_entropy for agent in agents} == {-0.5}  # minus half the action's one dimension
     assert (state["agent"]["log_alpha"].exp().item() == pytest.approx(0.12, rel=1e-6)) != autotune
 
 
@@ -842,9 +843,9 @@ def test_recorded_demonstrations(path):
         assert data["rewards"][start:end].sum(dtype=np.float64) == pytest.approx(expected, rel=1e-5)
         np.testing.assert_array_equal(data["next_observations"][start : end - 1], data["observations"][start + 1 : end])
     for n in (1, 4, 16):
-        demos = diffail.load_demonstrations(path, env_id, n, env)
-        assert len(demos.observations) == len(demos.actions) == len(demos.next_observations) == ends[n - 1]
-        assert demos.expert_return == pytest.approx(np.mean(metadata["returns"]))
+        demos, expert_return = diffail.load_demonstrations(path, env_id, n, env)
+        assert {len(part) for part in demos.values()} == {ends[n - 1]}
+        assert expert_return == pytest.approx(np.mean(metadata["returns"]))
 
     if metadata["versions"]["mujoco"] == diffail.mujoco.__version__:  # another simulator's contacts drift apart
         raw = gym.make(env_id)
@@ -864,12 +865,12 @@ def test_demonstrations_survive_the_round_trip(tmp_path):
     config = dict(command="c", commit="d", versions={})
     path.parent.mkdir()
     sac_baseline.record_demonstrations(path, actor, sac_baseline.make_env("Corridor-v0"), args, config)
-    demos = diffail.load_demonstrations(path, "Corridor-v0", 3, diffail.make_env("Corridor-v0"))
-    assert demos.observations.shape == (15, 2) and demos.actions.shape == (15, 1) and demos.expert_return == 35
-    np.testing.assert_array_equal(demos.observations[:, 0], np.tile(np.arange(5), 3))
-    np.testing.assert_array_equal(demos.next_observations[:, 0], np.tile(np.arange(1, 6), 3))
-    actions = actor(torch.from_numpy(demos.observations))[0].tanh().detach().numpy()
-    np.testing.assert_allclose(demos.actions, actions, rtol=1e-5, atol=1e-6)
+    demos, expert_return = diffail.load_demonstrations(path, "Corridor-v0", 3, diffail.make_env("Corridor-v0"))
+    assert demos["observations"].shape == (15, 2) and demos["actions"].shape == (15, 1) and expert_return == 35
+    np.testing.assert_array_equal(demos["observations"][:, 0], np.tile(np.arange(5), 3))
+    np.testing.assert_array_equal(demos["next_observations"][:, 0], np.tile(np.arange(1, 6), 3))
+    actions = actor(torch.from_numpy(demos["observations"]))[0].tanh().detach().numpy()
+    np.testing.assert_allclose(demos["actions"], actions, rtol=1e-5, atol=1e-6)
     with np.load(path) as file:
         np.testing.assert_allclose(file["actions"][:15], 2 * actions - 1, rtol=1e-5)  # in the environment's units, from -3 to 1
 
@@ -1036,10 +1037,9 @@ def test_any_damage_to_the_bytes_is_a_correct_load_or_one_line(tmp_path_factory,
     except SystemExit as exit_:
         assert exit_.code == 2
     else:
-        np.testing.assert_array_equal(loaded.observations, original.observations)
-        np.testing.assert_array_equal(loaded.actions, original.actions)
-        np.testing.assert_array_equal(loaded.next_observations, original.next_observations)
-        assert loaded.expert_return == original.expert_return
+        assert loaded[1] == original[1]
+        for name, part in original[0].items():
+            np.testing.assert_array_equal(loaded[0][name], part)
 
 
 def test_nothing_is_overwritten(tmp_path, capsys):
@@ -1572,13 +1572,13 @@ def test_demonstrations_of_minari_become_a_file_as_the_readme_says(tmp_path, mon
     dataset = SimpleNamespace(iterate_episodes=lambda: iter(episodes))
     monkeypatch.setitem(sys.modules, "minari", SimpleNamespace(load_dataset=lambda name: dataset))
     exec(code.replace("HalfCheetah-v5", "Corridor-v0").replace('"demos/', f'"{tmp_path}/'), {})
-    demos = diffail.load_demonstrations(tmp_path / "Corridor-v0.npz", "Corridor-v0", 2, diffail.make_env("Corridor-v0"))
-    assert demos.expert_return == 28
-    np.testing.assert_allclose(demos.actions, np.concatenate([episode.actions + 1 for episode in episodes]) / 2, rtol=1e-5, atol=1e-6)
+    demos, expert_return = diffail.load_demonstrations(tmp_path / "Corridor-v0.npz", "Corridor-v0", 2, diffail.make_env("Corridor-v0"))
+    assert expert_return == 28
+    np.testing.assert_allclose(demos["actions"], np.concatenate([episode.actions + 1 for episode in episodes]) / 2, rtol=1e-5, atol=1e-6)
     for i, episode in enumerate(episodes):
         rows = slice(3 * i, 3 + 5 * i)
-        np.testing.assert_array_equal(demos.observations[rows], episode.observations[:-1].astype(np.float32))
-        np.testing.assert_array_equal(demos.next_observations[rows], episode.observations[1:].astype(np.float32))
+        np.testing.assert_array_equal(demos["observations"][rows], episode.observations[:-1].astype(np.float32))
+        np.testing.assert_array_equal(demos["next_observations"][rows], episode.observations[1:].astype(np.float32))
 
 
 def test_readme_points_at_the_lines_it_names():
