@@ -102,7 +102,7 @@ class Args:
     eval_every: int = 10_000  # steps between evaluations
     eval_episodes: int = 10  # episodes of the deterministic policy per evaluation
     checkpoint_every: int = 25_000  # a checkpoint at the first episode end after this many steps
-    resume: bool = False  # go on from the run's last checkpoint
+    resume: bool = False  # go on from the run's last checkpoint, or begin where there is none
     output_dir: Path = Path("runs")  # folder of the run directories
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     threads: int = 2  # of PyTorch on the CPU: 2 for one run alone, up to a third faster than 1; for several side by side 1 each
@@ -147,7 +147,7 @@ class NoisePredictor(nn.Module):
         self.out = nn.Linear(hidden_dim, dim)
 
     def forward(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, list]:
-        """x_t [..., d] and t [...] to the predicted noise [..., d] and, for the penalty, the hidden layers' slopes mish' (or None)."""
+        """x_t [..., d] and t, broadcast to [...], to the predicted noise [..., d] and, for the penalty, the slopes mish' (or None)."""
         embedding = self.time_out(F.mish(self.time_in(self.time_embedding)))  # [T, 16]
         # The first layer's input is [x_t, embedding[t]]. What embedding[t] adds is computed once for each of the T steps, and looked up.
         first, *others = self.hidden
@@ -465,7 +465,7 @@ class DiffAIL(nn.Module):
         return loss, {"actor_loss": pi_loss, "alpha": alpha, "entropy": -log_prob.mean()}
 
     def surrogate_return(self, episode: dict[str, np.ndarray]) -> float:
-        """Sum of an episode's surrogate rewards, with noise from a generator of its own, seeded alike for all episodes."""
+        """Sum of an episode's surrogate rewards, times --reward-scale, with noise from a generator of its own, seeded alike for all."""
         parts = (torch.from_numpy(episode[name]).to(self.log_alpha.device) for name in ("observations", "actions", "next_observations"))
         x = self.discriminator_input(*parts)
         generator = torch.Generator(x.device).manual_seed(0)
@@ -499,7 +499,7 @@ def make_env(env_id: str) -> gym.Env:
     """A Gymnasium environment with actions in [-1, 1] and observations in float32.
 
     Exits with code 2 where the environment is unknown or a space is not a one-dimensional Box of floats (bounded, for actions)."""
-    gym.logger.min_level = gym.logger.ERROR  # Gymnasium warns that v4 is out of date; here v4 is meant
+    gym.logger.min_level = gym.logger.ERROR  # no warnings, such as that v4 is out of date; here v4 is meant
     try:
         env = gym.make(env_id)
     except Exception as error:  # environments fail in ways of their own
@@ -515,7 +515,7 @@ def make_env(env_id: str) -> gym.Env:
 
 
 def episode_seed(*key: int) -> int:
-    """A seed that is a function of (run's seed, stream, number): with one per episode, resuming needs no simulator state."""
+    """A seed that is a function of (run's seed, stream, numbers): with one per episode, resuming needs no simulator state."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
@@ -573,7 +573,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 def check_numbers(args: Args):
-    """Exit with code 2 where a number is out of range: counts begin at 1, most others at 0, and some end at 1."""
+    """Exit with code 2 where a number, of any of the three scripts, is out of range: counts begin at 1, most others at 0, some end at 1."""
     least = {"seed": 0, "steps_after_termination": 0, "alpha": 1e-6}
     least |= dict.fromkeys(["target_return", "min_demo_return", "target_entropy_per_dim"], -math.inf)
     most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 1, "tau": 1, "sac_beta1": 0.999}
@@ -605,11 +605,12 @@ def describe_run(args: Args, device: torch.device) -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
+    cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
     return {
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()},
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "versions": {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in (torch, gym, mujoco, np)},
     }
 
@@ -763,7 +764,9 @@ def main(args: Args):
     episode_return, episode_length, since_termination, last_checkpoint, clock = 0.0, 0, 0, start, time.perf_counter() - wall_time
 
     def checkpoint(step: int):
-        """Write all that a run goes on from. Each episode has its own seed, so between two of them the simulator's state is not needed."""
+        """Write all that a run goes on from. Each episode has its own seed, so between two of them the simulator's state is not needed.
+
+        At the end of a run an episode may be unfinished: with a greater --total-timesteps it begins anew."""
         check_finite(losses | agent.state_dict(), step)
         state = {name: part.state_dict() for name, part in learned.items()} | {"config": config, "evaluations": evaluations}
         state |= {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "rng": torch.get_rng_state()}
