@@ -14,7 +14,7 @@ states x = [s, s'] with --state-only, of dimension d, for Hopper (or with --norm
 
 The discriminator's expectations are also over t and eps, one of each drawn afresh for every sample, and the penalty is taken at random
 points between a sample of the expert's and one of the policy's; only the reward averages over all t. c is --reward-scale, and alpha a
-constant, or with --autotune what actor_objective makes of it.
+constant, or with --autotune what actor_objective makes of it; the released code's small regulariser of the actor is there too.
 
 The true reward is never learned from: it is not even stored. It is only logged and printed.
 

@@ -10,7 +10,7 @@ arXiv 1807.06158). For x = [s, a], or with --state-only [s, s'], of dimension d,
              or, as more usual, -log(1 - D(x)), by --reward-form paper
     max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_objective, actor_objective
 
-where c is --reward-scale, and alpha a constant, or with --autotune what actor_objective makes of it.
+where c is --reward-scale, and alpha a constant, or with --autotune what actor_objective makes of it, with the actor's small regulariser.
 
 `diff gail_baseline.py diffail.py` shows what DiffAIL changes: discriminator, reward, and their hyperparameters (here those of DiffAIL's
 authors for GAIL).

@@ -416,8 +416,12 @@ def test_actor_objective_is_the_hand_written_one():
     assert losses["entropy"].item() == pytest.approx(-log_prob.mean(), rel=1e-10)
     expected += 1e-3 * (np.mean(mean**2) + np.mean(log_std**2)) - math.log(0.3) * (log_prob.mean() - 1)  # -0.5 for each of two dimensions
     assert loss.item() == pytest.approx(expected, rel=1e-10)
-    (gradient,) = torch.autograd.grad(loss, agent.log_alpha)
+    gradient, *tuned = torch.autograd.grad(loss, [agent.log_alpha, *actor.parameters()])
     assert gradient.item() == pytest.approx(-(log_prob.mean() - 1), rel=1e-10)
+    agent.args.autotune = False
+    torch.manual_seed(5)
+    untuned = torch.autograd.grad(agent.actor_objective(s)[0], list(actor.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(tuned, untuned))  # the temperature's loss is none of the actor's
 
 
 def test_polyak_update_is_the_weighted_mean():
@@ -1007,6 +1011,13 @@ def test_bad_input_to_gail_too(arguments, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         gail_baseline.main(tyro.cli(gail_baseline.Args, args=[*arguments.split(), "--output-dir", str(tmp_path / "runs")]))
     assert exit_.value.code == 2 and capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_a_message_of_several_lines_is_printed_as_one(capsys):
+    for code, arguments in ((2, ()), (1, (1,))):
+        with pytest.raises(SystemExit) as exit_:
+            diffail.fail(f"not {gym.spaces.Box(np.arange(40.0), np.arange(40.0) + 1, dtype=np.float64)}", *arguments)
+        assert exit_.value.code == code and capsys.readouterr().err.count("\n") == 1
 
 
 def test_bad_input_from_the_command_line():
