@@ -43,6 +43,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -106,7 +107,7 @@ class Args:
     output_dir: Path = Path("runs")  # folder of the run directories
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     threads: int = 2  # of PyTorch on the CPU: 2 for one run alone, up to a third faster than 1; for several side by side 1 each
-    compile: bool = False  # compile losses and gradients: up to a quarter less time per step with one thread; needs a C++ compiler
+    compile: bool | None = None  # compile losses and gradients: a third less time per step; None: on a CPU, if can_compile()
 
 
 TOTAL_TIMESTEPS = {"Hopper": 750_000, "Walker2d": 750_000}  # as in the paper; for the others 500,000
@@ -135,6 +136,13 @@ def noise_schedule(name: str, steps: int) -> Tensor:
     return 1 - torch.exp(-beta_min / steps - 0.5 * (beta_max - beta_min) * (2 * t[1:] - 1) / steps**2)
 
 
+def mish(x: Tensor) -> Tensor:
+    """mish(x) = x tanh(log(1 + e^x)) (Misra 2019), with tanh(log(1 + e^x)) = 1 - 2 / ((1 + e^x)^2 + 1).
+
+    F.mish would do, but compiled for a CPU the discriminator's step takes 1.6 times as long with it."""
+    return x * (1 - 2 / ((1 + x.clamp(max=20).exp()).square() + 1))  # from 20 on that is x, to the last digit
+
+
 class NoisePredictor(nn.Module):
     """eps_phi(x_t, t): an MLP on x_t and an embedding of t, sinusoidal as in Vaswani et al. 2017 and then through two layers."""
 
@@ -146,19 +154,13 @@ class NoisePredictor(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(width, hidden_dim) for width in (dim + 16, hidden_dim, hidden_dim))
         self.out = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, list]:
-        """x_t [..., d] and t, broadcast to [...], to the predicted noise [..., d] and, for the penalty, the slopes mish' (or None)."""
-        embedding = self.time_out(F.mish(self.time_in(self.time_embedding)))  # [T, 16]
-        # The first layer's input is [x_t, embedding[t]]. What embedding[t] adds is computed once for each of the T steps, and looked up.
-        first, *others = self.hidden
-        weight_x, weight_time = first.weight.split([x_t.shape[-1], 16], dim=1)
-        bias = F.linear(embedding, weight_time, first.bias)  # [T, hidden_dim]
-        h, slopes = F.linear(x_t, weight_x).add_(F.embedding(t, bias)), []  # F.embedding(t, bias) is bias[t], with a faster gradient
-        for layer in (*others, self.out):
-            h, slope = mish(h)  # below: the activation and its derivative
-            slopes.append(slope)
-            h = layer(h)
-        return h, slopes
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """x_t [..., d] and t, broadcast to [...], to the predicted noise [..., d]."""
+        embedding = self.time_out(mish(self.time_in(self.time_embedding)))[t]
+        h = torch.cat([x_t, embedding.expand(*x_t.shape[:-1], 16)], dim=-1)
+        for layer in self.hidden:
+            h = mish(layer(h))
+        return self.out(h)
 
 
 def log_one_minus_exp(loss: Tensor) -> Tensor:
@@ -183,31 +185,17 @@ class DiffusionDiscriminator(nn.Module):
         """x_t, of the shape of the noise."""
         return self.sqrt_alpha_bar[t] * x + self.sqrt_one_minus_alpha_bar[t] * noise
 
-    def denoising_error(self, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, list]:
-        """eps_phi(x_t, t) - eps, of the shape of the noise, and the noise predictor's slopes."""
-        prediction, slopes = self.noise_predictor(self.noised(x, noise, t), t)
-        return prediction - noise, slopes
+    def denoising_error(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """eps - eps_phi(x_t, t), of the shape of the noise."""
+        return noise - self.noise_predictor(self.noised(x, noise, t), t)
 
     def diffusion_loss(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """L(x, eps, t), [B]. The paper prints a squared norm; the authors' code takes the mean over d."""
-        return self.denoising_error(x, noise, t)[0].square().mean(-1)
+        return self.denoising_error(x, noise, t).square().mean(-1)
 
     def forward(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """D(x, eps, t) in (0, 1], [B]. Only for the reader: the losses go by L, which keeps the digits that D near 1 loses."""
+        """D(x, eps, t) in (0, 1], [B]. The losses and the reward go by L, which keeps the digits that D near 1 loses."""
         return torch.exp(-self.diffusion_loss(x, noise, t))
-
-    def gradient(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Gradient of D(x, eps, t) with respect to x, [B, d]: -D (2/d) sqrt(abar_t) J^T e for e = eps_phi - eps and J = d eps_phi / d x_t.
-
-        J^T e is the chain rule from the last layer to the first, written out, because autograd through its own gradient takes 1.6 times as
-        long on a CPU."""
-        error, slopes = self.denoising_error(x, noise, t)
-        first, *others = self.noise_predictor.hidden
-        grad = error
-        for layer, slope in zip((self.noise_predictor.out, *reversed(others)), reversed(slopes)):
-            grad = (grad @ layer.weight) * slope
-        grad = grad @ first.weight[:, : x.shape[1]]  # its other columns are for the time embedding
-        return -torch.exp(-error.square().mean(-1, keepdim=True)) * (2 / x.shape[1] * self.sqrt_alpha_bar[t] * grad)
 
     def adversarial_loss(self, expert: Tensor, policy: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """-E_expert[log D], which is E[L], and -E_policy[log(1 - D)], for expert and policy [B, d], noise [2B, d] and t [2B]."""
@@ -216,7 +204,9 @@ class DiffusionDiscriminator(nn.Module):
 
     def gradient_penalty(self, expert: Tensor, policy: Tensor, mix: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """E[(||grad D||_2 - 1)^2] where mix [B, 1] in [0, 1] puts x between policy and expert (Gulrajani et al. 2017, eq. 3)."""
-        return (self.gradient(mix * expert + (1 - mix) * policy, noise, t).norm(dim=-1) - 1).square().mean()
+        x = (mix * expert + (1 - mix) * policy).requires_grad_()
+        (grad,) = torch.autograd.grad(self(x, noise, t).sum(), x, create_graph=True)
+        return (grad.norm(dim=-1) - 1).square().mean()
 
     def draw(self, batch_size: int, dim: int) -> tuple[Tensor, Tensor]:
         """Standard normal noise [batch_size, dim] and uniform t [batch_size]."""
@@ -228,46 +218,11 @@ class DiffusionDiscriminator(nn.Module):
 def surrogate_reward(discriminator: DiffusionDiscriminator, x: Tensor, noise: Tensor, form: str) -> Tensor:
     """R(x) = -log(1 - D), [B], for x [B, d] and noise [T, B, d]: each of the T steps with its own noise, all in one batch."""
     t = torch.arange(len(noise), device=x.device)[:, None]
-    squared_error = discriminator.denoising_error(x, noise, t)[0].square()
+    squared_error = discriminator.denoising_error(x, noise, t).square()
     if form == "paper":
         return -log_one_minus_exp(squared_error.mean(dim=(0, 2)))  # D = exp(-mean over t of L)
     one_minus_d = -torch.expm1(-squared_error).mean(dim=(0, 2))  # D = mean over t and d of exp(-squared error)
     return -torch.log(one_minus_d.clamp(min=1e-30))
-
-
-class Mish(torch.autograd.Function):
-    """mish(x) = x tanh(log(1 + e^x)) (Misra 2019) and its slope, both differentiable: the gradient penalty needs mish''.
-
-    With s = sigmoid(x) and v = 1 / (1 + (1 - s)^2), w = tanh(log(1 + e^x)) = 2v - 1, w' = 4 s v (1 - v), w'' = w' (1 - s (4v - 1))."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)  # no gradient of the slope for the diffusion loss: None, and no work
-        s = x.sigmoid()
-        v = (1 - s).square_().add_(1).reciprocal_()
-        w = (2 * v).sub_(1)
-        dw = (1 - v).mul_(v).mul_(s).mul_(4)
-        y = w * x
-        dy = w.addcmul_(x, dw)  # w + x w'
-        ctx.save_for_backward(x, s, v, dw, dy)
-        return y, dy
-
-    @staticmethod
-    def backward(ctx, grad_y: Tensor, grad_dy: Tensor | None) -> Tensor:
-        x, s, v, dw, dy = ctx.saved_tensors
-        if grad_dy is None:
-            return grad_y * dy
-        ddy = (4 * v).sub_(1).mul_(s).neg_().add_(1).mul_(x).add_(2).mul_(dw).mul_(grad_dy)  # grad_dy (2 w' + x w'')
-        return ddy if grad_y is None else ddy.addcmul_(grad_y, dy)
-
-
-def mish(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """mish(x) and its slope mish'(x); where no gradient is wanted, mish(x) written over x, and None.
-
-    F.mish and autograd would do, but are slower on a CPU."""
-    if torch.is_grad_enabled():
-        return Mish.apply(x)
-    return x.addcdiv_(x, x.exp().add_(1).square_().add_(1), value=-2), None  # tanh(log(1 + e^x)) = 1 - 2 / ((1 + e^x)^2 + 1)
 
 
 # ------------------------------------------------------------------------------------------------------------------- SAC
@@ -349,6 +304,14 @@ class ReplayBuffer:
 # --------------------------------------------------------------------------------------------------------------- DiffAIL
 
 
+def can_compile() -> bool:
+    """Whether there is what torch.compile needs on a CPU: a C++ compiler, g++ or the one that CXX names, and Python's headers.
+
+    Both are on most Linux machines; on others OpenMP's headers often lack."""
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    return sys.platform == "linux" and headers and shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
 def compiled(function: Callable) -> Callable:
     """`function` through torch.compile: a step of DiffAIL takes 19.3 ms in place of 25.8 on a CPU (benchmark/results/speed__cpu.csv)."""
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad too: a loss and its gradient become one program
@@ -357,7 +320,7 @@ def compiled(function: Callable) -> Callable:
 
 
 def gradients(objective: Callable, parameters: list[Tensor], *batch: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Gradients of the loss objective(*batch)[0], and what is to be logged, objective(*batch)[1]; --compile makes one program of both."""
+    """Gradients of the loss objective(*batch)[0], and what is to be logged, objective(*batch)[1]; compiled, one program does both."""
     loss, losses = objective(*batch)
     return torch.autograd.grad(loss, parameters), {name: value.detach() for name, value in losses.items()}
 
@@ -717,9 +680,10 @@ def main(args: Args):
         fail(f"--batch-size {args.batch_size} is more than will be stored: see --buffer-size and --total-timesteps")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch sees no CUDA device; use --device cpu")
-    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
-        fail("--compile needs a C++ compiler, g++ or the one that CXX names, and there is none")
+    if args.compile and not can_compile():
+        fail("--compile True needs Linux, a C++ compiler, g++ or the one that CXX names, and Python's headers (python3-dev)")
     device = torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda")
+    args.compile = device.type == "cpu" and can_compile() if args.compile is None else args.compile
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # dead units leave denormal moments in Adam; arithmetic on those is many times slower
     torch.manual_seed(args.seed)

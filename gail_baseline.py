@@ -40,6 +40,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -101,7 +102,7 @@ class Args:
     output_dir: Path = Path("runs")  # folder of the run directories
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     threads: int = 2  # of PyTorch on the CPU: 2 for one run alone, up to a third faster than 1; for several side by side 1 each
-    compile: bool = False  # compile losses and gradients: up to a quarter less time per step with one thread; needs a C++ compiler
+    compile: bool | None = None  # compile losses and gradients: a third less time per step; None: on a CPU, if can_compile()
 
 
 TOTAL_TIMESTEPS = {"Hopper": 750_000, "Walker2d": 750_000}  # as in the paper; for the others 500,000
@@ -226,6 +227,14 @@ class ReplayBuffer:
 # ------------------------------------------------------------------------------------------------------------------ GAIL
 
 
+def can_compile() -> bool:
+    """Whether there is what torch.compile needs on a CPU: a C++ compiler, g++ or the one that CXX names, and Python's headers.
+
+    Both are on most Linux machines; on others OpenMP's headers often lack."""
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    return sys.platform == "linux" and headers and shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
 def compiled(function: Callable) -> Callable:
     """`function` through torch.compile: a step of DiffAIL takes 19.3 ms in place of 25.8 on a CPU (benchmark/results/speed__cpu.csv)."""
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad too: a loss and its gradient become one program
@@ -234,7 +243,7 @@ def compiled(function: Callable) -> Callable:
 
 
 def gradients(objective: Callable, parameters: list[Tensor], *batch: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Gradients of the loss objective(*batch)[0], and what is to be logged, objective(*batch)[1]; --compile makes one program of both."""
+    """Gradients of the loss objective(*batch)[0], and what is to be logged, objective(*batch)[1]; compiled, one program does both."""
     loss, losses = objective(*batch)
     return torch.autograd.grad(loss, parameters), {name: value.detach() for name, value in losses.items()}
 
@@ -584,9 +593,10 @@ def main(args: Args):
         fail(f"--batch-size {args.batch_size} is more than will be stored: see --buffer-size and --total-timesteps")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch sees no CUDA device; use --device cpu")
-    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
-        fail("--compile needs a C++ compiler, g++ or the one that CXX names, and there is none")
+    if args.compile and not can_compile():
+        fail("--compile True needs Linux, a C++ compiler, g++ or the one that CXX names, and Python's headers (python3-dev)")
     device = torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda")
+    args.compile = device.type == "cpu" and can_compile() if args.compile is None else args.compile
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # dead units leave denormal moments in Adam; arithmetic on those is many times slower
     torch.manual_seed(args.seed)

@@ -41,6 +41,7 @@ import sac_baseline
 HERE = Path(__file__).parent
 SCRIPTS = sorted(path for path in HERE.glob("*.py") if not path.name.startswith("test_"))
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+NEEDS_COMPILER = pytest.mark.skipif(not diffail.can_compile(), reason="nothing can be compiled here, see can_compile")
 STEPS = 10
 
 
@@ -108,23 +109,20 @@ def test_time_embedding_follows_its_formula():
             assert embedding[t, 8 + i].item() == pytest.approx(math.cos(angle), abs=1e-5)
 
 
-def test_mish_and_both_derivatives_are_torchs():
-    x = torch.cat([torch.linspace(-60, 60, 2001), torch.tensor([-104.0, 0.0, 89.0])]).double().requires_grad_()
-    y, slope = diffail.mish(x)
-    expected = F.mish(x)
-    (expected_slope,) = torch.autograd.grad(expected.sum(), x, create_graph=True)
-    (expected_curvature,) = torch.autograd.grad(expected_slope.sum(), x)
-    (curvature,) = torch.autograd.grad(slope.sum(), x, retain_graph=True)
-    (slope_again,) = torch.autograd.grad(y.sum(), x)
-    for ours, theirs in ((y, expected), (slope, expected_slope), (slope_again, expected_slope), (curvature, expected_curvature)):
-        np.testing.assert_allclose(ours.detach(), theirs.detach(), atol=1e-13)
-    far = torch.tensor([-1e4, 1e4], requires_grad=True)  # where torch's own second derivative is not a number
-    y, slope = diffail.mish(far)
-    assert y.tolist() == [0, 1e4] and slope.tolist() == [0, 1] and torch.autograd.grad(slope.sum(), far)[0].tolist() == [0, 0]
-    with torch.no_grad():
-        y, slope = diffail.mish(x.detach().float())
-    assert slope is None
-    assert ((y - expected).abs() <= 2e-7 * (1 + x.abs())).all()  # a rounding or two of x
+def test_mish_and_its_first_two_derivatives_are_torchs():
+    def derivatives(function, x):
+        x = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope.sum(), x)
+        return function(x).detach(), slope.detach(), curvature
+
+    x = torch.cat([torch.linspace(-60, 60, 2001), torch.tensor([-104.0, 0.0, 89.0])])
+    for ours, theirs in zip(derivatives(diffail.mish, x.double()), derivatives(F.mish, x.double())):
+        np.testing.assert_allclose(ours, theirs, atol=1e-13)
+    for ours, theirs in zip(derivatives(diffail.mish, x), derivatives(F.mish, x.double())):
+        assert ((ours - theirs).abs() <= 2e-7 * (1 + x.abs())).all()  # a rounding or two of x
+    far = derivatives(diffail.mish, torch.tensor([-1e4, 1e4]))  # where torch's own second derivative is not a number
+    assert [value.tolist() for value in far] == [[0, 1e4], [0, 1], [0, 0]]
 
 
 # ---------------------------------------------------------------------------------------------------- discriminator
@@ -171,16 +169,6 @@ def test_discriminator_loss_is_the_binary_cross_entropy_of_d():
     d_policy = torch.exp(-reference_loss(discriminator, policy, noise[32:], t[32:]))
     assert expert_loss.item() == pytest.approx(F.binary_cross_entropy(d_expert, torch.ones_like(d_expert)).item(), rel=1e-6)
     assert policy_loss.item() == pytest.approx(F.binary_cross_entropy(d_policy, torch.zeros_like(d_policy)).item(), rel=1e-6)
-
-
-def test_gradient_of_d_is_that_of_finite_differences():
-    discriminator, x = make_discriminator(), torch.randn(6, 5).double()
-    noise, t, h = torch.randn(6, 5).double(), torch.randint(STEPS, (6,)), 1e-5
-    grad = discriminator.gradient(x, noise, t)
-    for i in range(5):
-        step = h * torch.eye(5).double()[i]
-        numeric = (discriminator(x + step, noise, t) - discriminator(x - step, noise, t)) / (2 * h)
-        np.testing.assert_allclose(grad[:, i].detach(), numeric.detach(), rtol=1e-5, atol=1e-9)
 
 
 def test_gradient_penalty_and_its_parameter_gradient():
@@ -538,7 +526,11 @@ def plain_update(agent: diffail.DiffAIL, expert_x: torch.Tensor, buffer: diffail
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "state_only, form, autotune, compiled",
-    [(False, "paper", True, False), (True, "released", False, False), (True, "released", True, True)],
+    [
+        (False, "paper", True, False),
+        (True, "released", False, False),
+        pytest.param(True, "released", True, True, marks=NEEDS_COMPILER),
+    ],
 )
 def test_an_update_is_that_of_the_plain_algorithm(state_only, form, autotune, compiled, device):
     device, sizes = torch.device(device), dict(hidden_dim=32, sac_hidden_dim=32, batch_size=64)
@@ -569,6 +561,7 @@ def test_an_update_is_that_of_the_plain_algorithm(state_only, form, autotune, co
                 np.testing.assert_allclose(parameter.grad.cpu(), gradient.cpu(), rtol=1e-4, atol=1e-5 * largest + 1e-9, err_msg=name)
 
 
+@NEEDS_COMPILER
 @pytest.mark.parametrize("script", [gail_baseline, sac_baseline], ids=lambda script: script.__name__)
 def test_a_compiled_update_is_the_uncompiled_one(script):
     """From the same random numbers. DiffAIL's is held to the plain algorithm above."""
@@ -632,7 +625,7 @@ gym.register("Image-v0", entry_point=spaces_only(gym.spaces.Box(0, 255, (8, 8, 3
 gym.register("Unbounded-v0", entry_point=spaces_only(BOX, gym.spaces.Box(-np.inf, np.inf, (2,))))
 gym.register("Whole-v0", entry_point=spaces_only(BOX, gym.spaces.Box(0, 5, (2,), np.int64)))
 SMALL = dict(env_id="Corridor-v0", learning_starts=20, batch_size=64, buffer_size=500, sac_hidden_dim=8, eval_every=50, eval_episodes=2)
-SMALL |= dict(threads=1)  # with two, networks this small would but wait, on a busy machine for long
+SMALL |= dict(threads=1, compile=False)  # with two, networks this small would but wait, on a busy machine for long
 IMITATION = SMALL | dict(hidden_dim=8, steps_after_termination=0)
 
 
@@ -797,12 +790,29 @@ def test_environments_differ_by_their_steps_hoppers_scaling_and_ants_reward_alon
         with pytest.raises(SystemExit):
             script.main(script.Args(env_id=env_id, **options))
     default = dataclasses.asdict(script.Args()) | {"env_id": env_id, "alpha": seen[0].alpha}  # alpha: of the dimensions of the action
-    default["normalize"] = env_id == "Hopper-v4"
+    default |= {"normalize": env_id == "Hopper-v4", "compile": script.can_compile() and not torch.cuda.is_available()}
     default["reward_form"] = "paper" if script is diffail and env_id == "Ant-v4" else "released"
     assert dataclasses.asdict(seen[0]) == default | {"total_timesteps": steps}
     assert dataclasses.asdict(seen[1]) == default | {"total_timesteps": 9_000, "grad_penalty": 0.5}
     released = {"grad_penalty": 0.1 if script is diffail else 4.0, "hidden_dim": 128}
     assert released.items() <= default.items()
+
+
+@pytest.mark.parametrize("lacking", [pytest.param(None, marks=NEEDS_COMPILER), "compiler", "headers", "Linux"])
+def test_what_can_be_compiled_is_unless_told_otherwise(lacking, tmp_path, monkeypatch):
+    if lacking == "compiler":
+        monkeypatch.setenv("CXX", "no-such-compiler")
+    elif lacking == "headers":
+        monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    elif lacking == "Linux":
+        monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr(diffail, "compiled", lambda function: lambda *args: made.append(function) or function(*args))
+    for option, expected in {None: lacking is None, False: False}.items():
+        made, folder = [], tmp_path / str(option)
+        args = small_run(tmp_path, compile=option, device="cpu", output_dir=folder)[0]
+        diffail.main(args)
+        (run_dir,) = folder.iterdir()
+        assert bool(made) == expected == json.loads((run_dir / "config.json").read_text())["args"]["compile"]
 
 
 @pytest.mark.parametrize("autotune", [False, True])
@@ -982,7 +992,7 @@ BAD_INPUT = [  # what is done to the demonstrations, further arguments, and a pa
     ("", "--batch-size 501", "--batch-size 501 is more than will be stored"),
     ("", "--learning-starts 1000 --total-timesteps 1000", "leaves nothing to learn"),
     ("", "--output-dir {file}", "cannot write to"),
-    ("", "--compile", "--compile needs a C++ compiler"),
+    ("", "--compile True", "--compile True needs Linux, a C++ compiler"),
     pytest.param("", "--device cuda", "no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")),
 ]
 
@@ -991,7 +1001,7 @@ BAD_INPUT = [  # what is done to the demonstrations, further arguments, and a pa
 def test_bad_input_is_one_line_and_exit_code_2(damage, arguments, message, tmp_path, capsys, monkeypatch):
     path = damaged(damage, tmp_path / "demos.npz") if damage else corridor_demos(tmp_path / "demos.npz")
     corridor_demos(tmp_path / "other.npz")
-    if "--compile" in arguments:
+    if "--compile True" in arguments:
         monkeypatch.setenv("CXX", "no-such-compiler")
     (tmp_path / "file").write_text("not a folder")
     command = "--env-id Corridor-v0 --learning-starts 20 --buffer-size 500 --total-timesteps 700 "
@@ -1083,8 +1093,8 @@ def run(*command: object, **kwargs) -> subprocess.CompletedProcess:
     "script, flags, name",
     [
         ("sac_baseline", "--save-demos {}/demos.npz --demo-episodes 2", "Hopper-v4__sac_baseline__s1"),
-        ("diffail", "--num-trajectories 3", "Hopper-v4__diffail__state-action__3traj__s1"),
-        ("gail_baseline", "--num-trajectories 3", "Hopper-v4__gail_baseline__state-action__3traj__s1"),
+        ("diffail", "--num-trajectories 3 --compile False", "Hopper-v4__diffail__state-action__3traj__s1"),
+        ("gail_baseline", "--num-trajectories 3 --compile False", "Hopper-v4__gail_baseline__state-action__3traj__s1"),
         ("gail_baseline", "--state-only --reward-form paper", "Hopper-v4__gail_baseline__state-only__1traj__s1"),
         ("diffail", "--state-only --reward-form paper --noise-schedule vp", "Hopper-v4__diffail__state-only__1traj__s1"),
     ],
@@ -1129,7 +1139,7 @@ def pendulum_demos(folder: Path) -> list:
     """The arguments of a small DiffAIL run on Pendulum-v1, with demonstrations made for it."""
     small = ["--env-id", "Pendulum-v1", "--learning-starts", 150, "--batch-size", 16, "--sac-hidden-dim", 8]
     small += ["--eval-every", 100, "--eval-episodes", 1, "--threads", 1]
-    recording = ["--total-timesteps", 200, "--save-demos", folder / "demos.npz", "--output-dir", folder / "sac"]
+    recording = ["--total-timesteps", 200, "--compile", False, "--save-demos", folder / "demos.npz", "--output-dir", folder / "sac"]
     recorded = run("sac_baseline.py", *small, *recording)
     assert recorded.returncode == 0, recorded.stderr
     return [*small, "--demos", folder / "demos.npz", "--hidden-dim", 8]
@@ -1140,7 +1150,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_uninterrupted_run(tmp_path):
     assert run("diffail.py", *flags, tmp_path / "whole").returncode == 0
     (whole,) = (tmp_path / "whole").iterdir()
     stopped = tmp_path / "stopped" / whole.name
-    for rows, number in ((2, signal.SIGKILL), (5, signal.SIGTERM), (8, signal.SIGKILL), (11, signal.SIGINT), (14, signal.SIGKILL)):
+    for rows, number in ((2, signal.SIGKILL), (6, signal.SIGTERM), (10, signal.SIGINT), (14, signal.SIGKILL)):
         command = [sys.executable, "diffail.py", *map(str, flags), str(tmp_path / "stopped"), "--resume"]
         process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while not (stopped / "evaluations.csv").exists() or (stopped / "evaluations.csv").read_text().count("\n") <= rows:
@@ -1220,7 +1230,8 @@ def test_no_file_can_run_code(tmp_path, capsys):
 
 
 def test_a_disk_that_is_full_leaves_the_last_checkpoint(tmp_path):
-    flags = [*pendulum_demos(tmp_path), "--checkpoint-every", 200, "--output-dir", tmp_path, "--resume", "--total-timesteps"]
+    flags = [*pendulum_demos(tmp_path), "--compile", False, "--checkpoint-every", 200, "--output-dir", tmp_path, "--resume"]
+    flags += ["--total-timesteps"]
     assert run("diffail.py", *flags, 400).returncode == 0
     (path,) = tmp_path.glob("*diffail*/checkpoint.pt")
     before = path.read_bytes()
@@ -1304,7 +1315,7 @@ def test_losses_are_checked_every_thousand_steps(tmp_path, monkeypatch, capsys):
 def test_the_whole_pipeline_learns_the_inverted_pendulum(tmp_path):
     small = ["--env-id", "InvertedPendulum-v4", "--sac-hidden-dim", 64, "--batch-size", 128, "--learning-starts", 500]
     small += ["--actor-lr", 1e-3, "--critic-lr", 1e-3, "--tau", 0.02, "--gamma", 0.98]
-    small += ["--eval-every", 1000, "--eval-episodes", 3, "--threads", 1, "--output-dir", tmp_path]
+    small += ["--eval-every", 1000, "--eval-episodes", 3, "--threads", 1, "--compile", False, "--output-dir", tmp_path]
     demos = tmp_path / "InvertedPendulum-v4.npz"
     recording = ["--target-return", 900, "--save-demos", demos, "--demo-episodes", 2]
     expert = run("sac_baseline.py", *small, "--total-timesteps", 20_000, *recording)
@@ -1487,7 +1498,7 @@ def test_behaviour_is_that_of_the_checkpoints_policy_and_of_its_demonstration(tm
     discriminator.load_state_dict({name.removeprefix("discriminator."): value for name, value in state.items() if "discriminator." in name})
     noise, x = torch.randn(10, *x.shape), (x - x.mean(0)) / x.std(0)  # other noise than the script's: the mean over all steps is near
     with torch.no_grad():
-        error, _ = discriminator.denoising_error(x, noise, torch.arange(10)[:, None])
+        error = discriminator.denoising_error(x, noise, torch.arange(10)[:, None])
     expected_reward = -2 * torch.log(1 - torch.exp(-error.square()).mean((0, 2))).mean().item()
     for name, (velocity, action) in {"policy": (velocities, np.array(actions)), "demonstration": demonstrated}.items():
         wanted = {"step": 300, "number": len(action), "velocity": np.mean(velocity), "mean_abs_action": np.abs(action).mean()}

@@ -232,7 +232,7 @@ def peak_memory(script: str, device: str, options: dict) -> float:
     """MiB of memory, not the GPU's, that a run of the script takes at most; Linux only."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / f"{script}.py", "--env-id", ENV_ID, "--device", device, "--output-dir", folder]
-        command += [f"--{name.replace('_', '-')}" for name in options]
+        command += ["--state-only"] * options.get("state_only", False) + ["--compile", options["compile"]]
         command += ["--threads", "1", "--learning-starts", "300", "--total-timesteps", "400", "--eval-every", "1000"]
         process, peak = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
         while process.poll() is None:  # VmHWM is the peak so far; what wait4 reports has this process in it, from before the exec
@@ -253,7 +253,9 @@ def main():
     torch.set_flush_denormal(True)
     runs = {}
     for script, extra in {"diffail": {"state_only": True}, "gail_baseline": {"state_only": True}, "sac_baseline": {}}.items():
-        runs |= {f"{script}.py": (script, extra), f"{script}.py --compile": (script, extra | {"compile": True})}
+        runs[f"{script}.py"] = script, extra | {"compile": device.type == "cpu"}
+        if device.type == "cpu":
+            runs[f"{script}.py --compile False"] = script, extra | {"compile": False}
     programs = {name: Program(script, device, **extra) for name, (script, extra) in runs.items()}
     learn = stable_baselines(device)
 
