@@ -1447,7 +1447,7 @@ def definitions(path: Path) -> dict[str, str]:
 @pytest.mark.parametrize("buffer_size", [1_000, 300])
 def test_rewards_by_velocity_are_counted_over_the_replay_buffer_and_the_demonstration(buffer_size, tmp_path):
     sizes = ["--total-timesteps", 400, "--learning-starts", 200, "--eval-every", 1000, "--sac-hidden-dim", 16, "--hidden-dim", 16]
-    sizes += ["--buffer-size", buffer_size, "--demos", tmp_path / "later.npz", "--threads", 1, "--output-dir", tmp_path]
+    sizes += ["--buffer-size", buffer_size, "--demos", tmp_path / "later.npz", "--threads", 1, "--compile", False, "--output-dir", tmp_path]
     with np.load(HERE / "demos" / "Hopper-v4.npz") as file:  # without the first episode, so that it is not the default file
         first = 1 + np.flatnonzero(file["terminations"] | file["truncations"])[0]
         later = {name: file[name] if name == "metadata" else file[name][first:] for name in file.files}
@@ -1472,6 +1472,7 @@ def test_rewards_by_velocity_are_counted_over_the_replay_buffer_and_the_demonstr
 
 def test_behaviour_is_that_of_the_checkpoints_policy_and_of_its_demonstration(tmp_path):
     sizes = ["--total-timesteps", 300, "--learning-starts", 200, "--eval-every", 1000, "--sac-hidden-dim", 16, "--hidden-dim", 16]
+    sizes += ["--compile", False]
     assert run("diffail.py", "--env-id", "Hopper-v4", "--state-only", *sizes, "--threads", 1, "--output-dir", tmp_path).returncode == 0
     (run_dir,) = tmp_path.glob("Hopper*")
     done = run("benchmark/behaviour.py", run_dir, "--to", tmp_path / "out", "--variant", "tiny")
