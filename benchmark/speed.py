@@ -233,6 +233,7 @@ def peak_memory(script: str, device: str, options: dict) -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / f"{script}.py", "--env-id", ENV_ID, "--device", device, "--output-dir", folder]
         command += ["--state-only"] * options.get("state_only", False) + ["--compile", options["compile"]]
+        command += ["--grad-penalty", 0] * ("grad_penalty" in options)
         command += ["--threads", "1", "--learning-starts", "300", "--total-timesteps", "400", "--eval-every", "1000"]
         process, peak = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
         while process.poll() is None:  # VmHWM is the peak so far; what wait4 reports has this process in it, from before the exec
@@ -251,11 +252,14 @@ def main():
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.set_flush_denormal(True)
+    torch._dynamo.config.recompile_limit = 64  # all programs are in one process
     runs = {}
     for script, extra in {"diffail": {"state_only": True}, "gail_baseline": {"state_only": True}, "sac_baseline": {}}.items():
         runs[f"{script}.py"] = script, extra | {"compile": device.type == "cpu"}
         if device.type == "cpu":
             runs[f"{script}.py --compile False"] = script, extra | {"compile": False}
+    script, extra = runs["diffail.py"]
+    runs["diffail.py --grad-penalty 0"] = script, extra | {"grad_penalty": 0.0}
     programs = {name: Program(script, device, **extra) for name, (script, extra) in runs.items()}
     learn = stable_baselines(device)
 
@@ -286,13 +290,13 @@ def main():
         sb3_step, sb3_whole = (median[threads, "Stable-Baselines3 SAC", stage] for stage in ("step", "whole program"))
         print(f"\n{options.device}, {threads} threads, milliseconds", end="; ")
         print(f"Stable-Baselines3's SAC: step {sb3_step:.2f}, whole program {sb3_whole:.2f}\n")
-        print(f"{'':27}" + "".join(f"{column:>15}" for column in COLUMNS) + f"{'step / SB3':>12}{'whole / SB3':>13}{'step / floor':>14}")
+        print(f"{'':30}" + "".join(f"{column:>15}" for column in COLUMNS) + f"{'step / SB3':>12}{'whole / SB3':>13}{'step / floor':>14}")
         for name in programs:
             values = {stage: value for (n, program, stage), value in median.items() if (n, program) == (threads, name)}
             values["sum"] = sum(values.get(stage, 0) for stage in STAGES)
             cells = "".join(f"{values[column]:15.2f}" if column in values else f"{'':15}" for column in COLUMNS)
             step, whole = values["step"], values["whole program"]
-            print(f"{name:27}{cells}{step / sb3_step:12.2f}{whole / sb3_whole:13.2f}{step / values['floor']:14.2f}")
+            print(f"{name:30}{cells}{step / sb3_step:12.2f}{whole / sb3_whole:13.2f}{step / values['floor']:14.2f}")
             rows += [[options.device, threads, name, stage, f"{value:.4f}"] for stage, value in values.items()]
         for stage, value in {"step": sb3_step, "whole program": sb3_whole}.items():
             rows.append([options.device, threads, "Stable-Baselines3 SAC", stage, f"{value:.4f}"])
@@ -300,7 +304,7 @@ def main():
     for name, (script, extra) in runs.items():
         memory = peak_memory(script, options.device, extra)
         rows.append([options.device, 1, name, "peak memory MiB", f"{memory:.0f}"])
-        print(f"{name:27}{memory:8.0f} MiB at most")
+        print(f"{name:30}{memory:8.0f} MiB at most")
     if options.output:
         with open(options.output, "w", newline="") as file:
             csv.writer(file).writerows([["device", "threads", "program", "stage", "milliseconds"], *rows])
