@@ -236,7 +236,7 @@ def can_compile() -> bool:
 
 
 def compiled(function: Callable) -> Callable:
-    """`function` through torch.compile: a step of DiffAIL takes 19.3 ms in place of 25.8 on a CPU (benchmark/results/speed__cpu.csv)."""
+    """`function` through torch.compile: a step of DiffAIL takes 19.4 ms in place of 28.3 on a CPU (benchmark/results/speed__cpu.csv)."""
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad too: a loss and its gradient become one program
     # Random numbers from PyTorch, not from the compiler: the same ones as uncompiled, and sooner drawn on a CPU.
     return torch.compile(function, options={"fallback_random": True})
