@@ -83,10 +83,10 @@ class Args:
     output_dir: Path = Path("runs")  # folder of the run directories
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     threads: int = 2  # of PyTorch on the CPU: 2 for one run alone, up to a third faster than 1; for several side by side 1 each
-    compile: bool | None = None  # compile losses and gradients: a third less time per step; None: on a CPU, if can_compile()
+    compile: bool | None = None  # compile losses and gradients: up to a third less time per step; None: on a CPU, if can_compile()
 
 
-MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "checkpoint_every"}
+MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "compile", "checkpoint_every"}
 MAY_CHANGE_ON_RESUME |= {"target_return", "save_demos", "demo_episodes", "min_demo_return"}
 TRAINING, EVALUATION, DEMONSTRATION = range(3)  # streams of episode seeds
 
@@ -170,7 +170,7 @@ class ReplayBuffer:
 def can_compile() -> bool:
     """Whether there is what torch.compile needs on a CPU: a C++ compiler, g++ or the one that CXX names, and Python's headers.
 
-    Both are on most Linux machines; on others OpenMP's headers often lack."""
+    Linux alone, as other systems' compilers often come without OpenMP."""
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     return sys.platform == "linux" and headers and shutil.which(os.environ.get("CXX", "g++")) is not None
 

@@ -813,6 +813,26 @@ def test_what_can_be_compiled_is_unless_told_otherwise(lacking, tmp_path, monkey
         diffail.main(args)
         (run_dir,) = folder.iterdir()
         assert bool(made) == expected == json.loads((run_dir / "config.json").read_text())["args"]["compile"]
+        other = small_run(tmp_path, compile=None if option is False else False, device="cpu", output_dir=folder, resume=True)[0]
+        diffail.main(dataclasses.replace(other, total_timesteps=120))  # a run may go on where there is no compiler, or is one
+
+
+@NEEDS_COMPILER
+def test_two_threads_compute_the_same_each_time():
+    """Sizes at which compiled code shares its loops among threads, which must not add up one sum in whatever order they come."""
+    torch.set_num_threads(2)
+    agents, buffer = [], diffail.ReplayBuffer(500, (17, 6, 17), torch.device("cpu"))
+    buffer.rows.uniform_(0, 1)
+    buffer.size.fill_(500)
+    expert_x = torch.rand(100, 34)
+    for _ in range(2):
+        torch.manual_seed(0)
+        args = diffail.Args(state_only=True, compile=True, alpha=0.02, reward_form="released")
+        agents.append(diffail.DiffAIL(17, 6, args, torch.device("cpu")))
+        for _ in range(20):
+            agents[-1].update(expert_x, buffer)
+    for (name, first), second in zip(agents[0].named_parameters(), agents[1].parameters()):
+        assert torch.equal(first, second), name
 
 
 @pytest.mark.parametrize("autotune", [False, True])

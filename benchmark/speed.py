@@ -1,7 +1,7 @@
 """Time per step of the scripts and of Stable-Baselines3's SAC, by stage, on HalfCheetah's sizes: one command, one table, one CSV.
 
     pip install -r benchmark/requirements.txt
-    python benchmark/speed.py                      # on a CPU, with 1 and 2 threads; some 10 minutes
+    python benchmark/speed.py                      # on a CPU, with 1 and 2 threads; some 15 minutes
     python benchmark/speed.py --device cuda
 
 The programs take turns, a few updates each, round after round, so that a busy moment of the machine falls on all of them; the table
