@@ -1,20 +1,20 @@
 """DiffAIL: adversarial imitation learning whose discriminator is a diffusion model, in one file.
 
-Wang et al., "DiffAIL: Diffusion Adversarial Imitation Learning", AAAI 2024, arXiv 2312.06348. For x = [s, a], or the pair of
-states x = [s, s'] with --state-only, of dimension d, for Hopper (or with --normalize True) scaled by the expert's mean and std:
+Wang et al., "DiffAIL: Diffusion Adversarial Imitation Learning", AAAI 2024, arXiv 2312.06348. x is a pair [s, a] or, with
+--state-only, [s, s'], of dimension d; with --normalize (the default for Hopper alone) it is scaled by the expert's mean and std.
 
     x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps                     forward diffusion       DiffusionDiscriminator.noised
     L(x, eps, t) = mean over d of (eps - eps_phi(x_t, t))^2         diffusion loss          DiffusionDiscriminator.diffusion_loss
     D(x, eps, t) = exp(-L(x, eps, t))                               discriminator           DiffusionDiscriminator.forward
     min_phi  -E_expert[log D] - E_policy[log(1 - D)]                objective               DiffusionDiscriminator.adversarial_loss
              + lambda E[(||grad_x D(x)||_2 - 1)^2]                  gradient penalty        DiffusionDiscriminator.gradient_penalty
-    R(x) = -log(1 - mean over t and d of exp(-(eps_t - eps_phi)^2)) surrogate reward        surrogate_reward
+    R(x) = -log(1 - mean over t and d of exp(-(eps_t - eps_phi)^2)) surrogate reward        DiffusionDiscriminator.surrogate_reward
              or, as the paper prints it, for Ant (or with --reward-form paper), -log(1 - exp(-mean over t of L))
-    max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_objective, actor_objective
+    max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_loss, actor_loss
 
-The discriminator's expectations are also over t and eps, one of each drawn afresh for every sample, and the penalty is taken at random
-points between a sample of the expert's and one of the policy's; only the reward averages over all t. c is --reward-scale, and alpha a
-constant, or with --autotune what actor_objective makes of it; the released code's small regulariser of the actor is there too.
+The losses take one random t and eps for each sample; only the reward averages over all t. The penalty is taken at random points between
+a sample of the expert's and one of the policy's. c is --reward-scale; alpha is constant, but with --autotune, when actor_loss tunes it.
+The actor's loss has a small regulariser besides, as in the released code.
 
 The true reward is never learned from: it is not even stored. It is only logged and printed.
 
@@ -72,10 +72,10 @@ class Args:
     num_trajectories: int = 1  # demonstrated episodes to learn from, the first ones of the file
     seed: int = 1  # of everything random: networks, exploration, minibatches, noise, environment
     total_timesteps: int | None = None  # environment steps; None: 750,000 for Hopper and Walker2d, 500,000 for all others
-    steps_after_termination: int = 100  # a training episode goes on so long after a termination; 1,000: as in the released code
+    steps_after_termination: int = 100  # for which a training episode goes on after a termination; released: 1,000
 
     # Discriminator and surrogate reward
-    normalize: bool | None = None  # scale x, not SAC's inputs, by the demonstrations' mean and standard deviation; None: for Hopper alone
+    normalize: bool | None = None  # standardise x, not SAC's inputs, by the demonstrations' mean and std; None: for Hopper alone
     hidden_dim: int = 128  # units in each of the three hidden layers of the noise predictor
     diffusion_steps: int = 10  # T
     noise_schedule: Literal["linear", "cosine", "vp"] = "linear"  # of the variances beta_1 ... beta_T
@@ -94,8 +94,8 @@ class Args:
     actor_lr: float = 3e-4  # Adam learning rate of the actor and of the temperature
     critic_lr: float = 3e-4  # Adam learning rate of the critics
     sac_beta1: float = 0.25  # Adam's beta_1 for actor, critics and temperature: the reward moves, so little momentum
-    alpha: float | None = None  # temperature, the weight of the entropy; None: ALPHA_TIMES_DIM / dim(A); with --autotune its first value
-    autotune: bool = False  # tune alpha, from --alpha on, towards a target entropy; the authors' code: --autotune --alpha 0.2
+    alpha: float | None = None  # temperature, the weight of the entropy, with --autotune at first; None: ALPHA_TIMES_DIM / dim(A)
+    autotune: bool = False  # tune alpha towards a target entropy; the released code does nearly what --autotune --alpha 0.2 does
     target_entropy_per_dim: float = -0.5  # target entropy of --autotune, per dimension of the action
     actor_regularizer: float = 1e-3  # weight of mean^2 + log_std^2 in the actor's loss
 
@@ -107,11 +107,11 @@ class Args:
     output_dir: Path = Path("runs")  # folder of the run directories
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     threads: int = 2  # of PyTorch on the CPU: 2 for one run alone, up to a third faster than 1; for several side by side 1 each
-    compile: bool | None = None  # compile losses and gradients: up to a third less time per step; None: on a CPU, if can_compile()
+    compile: bool | None = None  # compile losses and gradients, which saves time from then on; None: on a CPU, if can_compile()
 
 
 TOTAL_TIMESTEPS = {"Hopper": 750_000, "Walker2d": 750_000}  # as in the paper; for the others 500,000
-NORMALIZED = {"Hopper"}  # bodies whose x is scaled by default; found by experiment, see set_expert
+NORMALIZED = {"Hopper"}  # bodies whose x is scaled by default; found by experiment, see fit_normalizer
 PAPER_REWARD = {"Ant"}  # bodies rewarded in the paper's form by default; found by experiment: Ant walks much sooner with it
 ALPHA_TIMES_DIM = {"released": 0.12, "paper": 0.024}  # by --reward-form; the entropy grows with the dimensions, the reward does not
 MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "compile", "checkpoint_every"}
@@ -125,7 +125,8 @@ def noise_schedule(name: str, steps: int) -> Tensor:
     """Variances beta_1 ... beta_T of the forward diffusion, float64 [steps].
 
     Index i is step t = i + 1 of the equations. With 10 linear steps alpha_bar ends at 0.9: even x_T is mostly x, its noise hard to predict.
-    linear: Ho et al. 2020; cosine: Nichol & Dhariwal 2021, eq. 17; vp: Song et al. 2021, discretised as in Xiao et al. 2022."""
+    linear: Ho et al. 2020; cosine: Nichol & Dhariwal 2021, eq. 17; vp: Song et al. 2021, discretised as in Xiao et al. 2022,
+    with the bounds of Wang et al. 2023 (Diffusion-QL)."""
     if name == "linear":
         return torch.linspace(1e-4, 2e-2, steps, dtype=torch.float64)
     t = torch.arange(steps + 1, dtype=torch.float64)
@@ -139,7 +140,7 @@ def noise_schedule(name: str, steps: int) -> Tensor:
 def mish(x: Tensor) -> Tensor:
     """mish(x) = x tanh(log(1 + e^x)) (Misra 2019), with tanh(log(1 + e^x)) = 1 - 2 / ((1 + e^x)^2 + 1).
 
-    F.mish would do, but compiled for a CPU the discriminator's step takes 1.6 times as long with it."""
+    F.mish would do, but compiled for a CPU the discriminator's step takes 1.6 times as long with it (benchmark/README.md)."""
     return x * (1 - 2 / ((1 + x.clamp(max=20).exp()).square() + 1))  # from 20 on that is x, to the last digit
 
 
@@ -171,8 +172,7 @@ def log_one_minus_exp(loss: Tensor) -> Tensor:
 class DiffusionDiscriminator(nn.Module):
     """D(x, eps, t) = exp(-L(x, eps, t)): the better the diffusion model denoises x, the more x looks like the expert's.
 
-    Everywhere below x is [B, d], noise [B, d] and t [B], whole numbers from 0 to T - 1; or, for
-    all T steps at once, noise [T, B, d] and t [T, 1], and losses are [T, B]."""
+    Everywhere below x is [B, d], noise [B, d] and t [B], integers from 0 to T - 1, unless it says otherwise."""
 
     def __init__(self, dim: int, hidden_dim: int, diffusion_steps: int, schedule: str):
         super().__init__()
@@ -186,7 +186,7 @@ class DiffusionDiscriminator(nn.Module):
         return self.sqrt_alpha_bar[t] * x + self.sqrt_one_minus_alpha_bar[t] * noise
 
     def denoising_error(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """eps - eps_phi(x_t, t), of the shape of the noise."""
+        """eps - eps_phi(x_t, t), of the shape of the noise: [B, d], or [T, B, d] with t [T, 1] for all T steps at once."""
         return noise - self.noise_predictor(self.noised(x, noise, t), t)
 
     def diffusion_loss(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class DiffusionDiscriminator(nn.Module):
         return self.denoising_error(x, noise, t).square().mean(-1)
 
     def forward(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """D(x, eps, t) in (0, 1], [B]. The losses and the reward go by L, which keeps the digits that D near 1 loses."""
+        """D(x, eps, t) in (0, 1], [B]. The adversarial loss goes by L, which keeps the digits that D near 1 loses."""
         return torch.exp(-self.diffusion_loss(x, noise, t))
 
     def adversarial_loss(self, expert: Tensor, policy: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,21 +208,20 @@ class DiffusionDiscriminator(nn.Module):
         (grad,) = torch.autograd.grad(self(x, noise, t).sum(), x, create_graph=True)
         return (grad.norm(dim=-1) - 1).square().mean()
 
-    def draw(self, batch_size: int, dim: int) -> tuple[Tensor, Tensor]:
+    def sample_noise_and_t(self, batch_size: int, dim: int) -> tuple[Tensor, Tensor]:
         """Standard normal noise [batch_size, dim] and uniform t [batch_size]."""
         device, steps = self.sqrt_alpha_bar.device, len(self.sqrt_alpha_bar)
         return torch.randn(batch_size, dim, device=device), torch.randint(steps, (batch_size,), device=device)
 
-
-@torch.no_grad()
-def surrogate_reward(discriminator: DiffusionDiscriminator, x: Tensor, noise: Tensor, form: str) -> Tensor:
-    """R(x) = -log(1 - D), [B], for x [B, d] and noise [T, B, d]: each of the T steps with its own noise, all in one batch."""
-    t = torch.arange(len(noise), device=x.device)[:, None]
-    squared_error = discriminator.denoising_error(x, noise, t).square()
-    if form == "paper":
-        return -log_one_minus_exp(squared_error.mean(dim=(0, 2)))  # D = exp(-mean over t of L)
-    one_minus_d = -torch.expm1(-squared_error).mean(dim=(0, 2))  # D = mean over t and d of exp(-squared error)
-    return -torch.log(one_minus_d.clamp(min=1e-30))
+    @torch.no_grad()
+    def surrogate_reward(self, x: Tensor, noise: Tensor, form: str) -> Tensor:
+        """R(x) = -log(1 - D), [B], for x [B, d] and noise [T, B, d]: each of the T steps with its own noise, all in one batch."""
+        t = torch.arange(len(noise), device=x.device)[:, None]
+        squared_error = self.denoising_error(x, noise, t).square()
+        if form == "paper":
+            return -log_one_minus_exp(squared_error.mean(dim=(0, 2)))  # D = exp(-mean over t of L)
+        one_minus_d = -torch.expm1(-squared_error).mean(dim=(0, 2))  # D = mean over t and d of exp(-squared error)
+        return -torch.log(one_minus_d.clamp(min=1e-30))
 
 
 # ------------------------------------------------------------------------------------------------------------------- SAC
@@ -230,8 +229,7 @@ def surrogate_reward(discriminator: DiffusionDiscriminator, x: Tensor, noise: Te
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Three linear layers, ReLU after the first two."""
-    first, second, last = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)
-    return nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), last)
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
 class Actor(nn.Module):
@@ -313,20 +311,20 @@ def can_compile() -> bool:
 
 
 def compiled(function: Callable) -> Callable:
-    """`function` through torch.compile: a step of DiffAIL takes 19.4 ms in place of 28.3 on a CPU (benchmark/results/speed__cpu.csv)."""
+    """`function` through torch.compile: on a CPU a third off DiffAIL's step, a tenth off SAC's (benchmark/results/speed__cpu.csv)."""
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad too: a loss and its gradient become one program
     # Random numbers from PyTorch, not from the compiler: the same ones as uncompiled, and sooner drawn on a CPU.
     return torch.compile(function, options={"fallback_random": True})
 
 
-def gradients(objective: Callable, parameters: list[Tensor], *batch: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Gradients of the loss objective(*batch)[0], and what is to be logged, objective(*batch)[1]; compiled, one program does both."""
-    loss, losses = objective(*batch)
+def gradients(loss_function: Callable, parameters: list[Tensor], *batch: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Gradients of the loss loss_function(*batch)[0], and the scalars to log, loss_function(*batch)[1]; compiled, one program does both."""
+    loss, losses = loss_function(*batch)
     return torch.autograd.grad(loss, parameters), {name: value.detach() for name, value in losses.items()}
 
 
 class DiffAIL(nn.Module):
-    """All that is learned, its optimisers, and one step on all of it.
+    """Networks, optimisers and the update step.
 
     In the methods a batch is observations [B, obs], actions [B, act] in [-1, 1], and next_observations [B, obs]."""
 
@@ -343,7 +341,7 @@ class DiffAIL(nn.Module):
         self.register_buffer("x_std", torch.ones(input_dim))
         self.to(device)
         self.gradients = compiled(gradients) if args.compile else gradients
-        self.surrogate_reward = compiled(surrogate_reward) if args.compile else surrogate_reward
+        self.reward = compiled(DiffusionDiscriminator.surrogate_reward) if args.compile else DiffusionDiscriminator.surrogate_reward
         adam = partial(torch.optim.Adam, fused=True, capturable=True)  # capturable in a CUDA graph
         betas = args.sac_beta1, 0.999
         self.discriminator_optimizer = adam(self.discriminator.parameters(), lr=args.discriminator_lr)
@@ -356,54 +354,54 @@ class DiffAIL(nn.Module):
         x = torch.cat([observations, next_observations if self.args.state_only else actions], dim=-1)
         return (x - self.x_mean) / self.x_std
 
-    def set_expert(self, observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:
-        """The expert's x [N, d], with --normalize True by its own mean and standard deviation, and all later x by the same.
+    def fit_normalizer(self, *demonstrations: Tensor) -> Tensor:
+        """The demonstrations' x [N, d]; with --normalize True, theirs and all later x are scaled by the demonstrations' mean and std.
 
-        The diffusion's noise is alike in all coordinates, up to 0.3 for t = T: one that moves less, as Hopper's torso angle by 0.05,
-        drowns in it. Without scaling our Hopper learned to hop as the expert does, but leaning over too far."""
-        expert_x = self.discriminator_input(observations, actions, next_observations)  # as it is: the mean is 0 and the std 1 so far
+        The diffusion's noise has the same scale in all coordinates, up to 0.3 at t = T: one that moves less, as Hopper's torso angle
+        by 0.05, is lost in it. Without scaling our Hopper learned to hop as the expert does, but leaning over too far."""
         if self.args.normalize:
-            std = expert_x.std(0)
-            self.x_mean, self.x_std = expert_x.mean(0), std.masked_fill(std < 1e-6, 1.0)  # what never moves is only centred
-        return (expert_x - self.x_mean) / self.x_std
+            x = self.discriminator_input(*demonstrations)  # not yet scaled: the mean is 0 and the std 1 so far
+            std = x.std(0)
+            self.x_mean, self.x_std = x.mean(0), std.masked_fill(std < 1e-6, 1.0)  # what never moves is only centred
+        return self.discriminator_input(*demonstrations)
 
     def update(self, expert_x: Tensor, buffer: ReplayBuffer) -> dict[str, Tensor]:
-        """One step on everything, with the expert's x [N, d]; returns what is worth logging. Nothing in it waits for the GPU."""
+        """One step on everything, with the expert's x [N, d]; returns scalars to log. Nothing in it waits for the GPU."""
         args = self.args
         expert = expert_x[torch.randint(len(expert_x), (args.batch_size,), device=expert_x.device)]
         policy = self.discriminator_input(*buffer.sample(args.batch_size))
-        losses = self.descend(self.discriminator_optimizer, self.discriminator_objective, expert, policy)
+        losses = self.descend(self.discriminator_optimizer, self.discriminator_loss, expert, policy)
         # A second minibatch, for SAC. Its rewards are those of the discriminator as it is now; none are stored.
         batch = buffer.sample(args.batch_size)
         x = self.discriminator_input(*batch)
         noise = torch.randn(args.diffusion_steps, *x.shape, device=x.device)
-        rewards = args.reward_scale * self.surrogate_reward(self.discriminator, x, noise, args.reward_form)
-        losses |= self.descend(self.critic_optimizer, self.critic_objective, *batch, rewards, args.gamma)
-        losses |= self.descend(self.actor_optimizer, self.actor_objective, batch[0])
+        rewards = args.reward_scale * self.reward(self.discriminator, x, noise, args.reward_form)
+        losses |= self.descend(self.critic_optimizer, self.critic_loss, *batch, rewards, args.gamma)
+        losses |= self.descend(self.actor_optimizer, self.actor_loss, batch[0])
         polyak_update(self.target_critic, self.critic, args.tau)
         return losses | {"surrogate_reward": rewards.mean()}
 
-    def descend(self, optimizer: torch.optim.Optimizer, objective: Callable, *batch: Tensor) -> dict[str, Tensor]:
-        """One step of the optimiser, on its own parameters alone, down objective(*batch); returns what is worth logging."""
+    def descend(self, optimizer: torch.optim.Optimizer, loss_function: Callable, *batch: Tensor) -> dict[str, Tensor]:
+        """zero_grad, backward and step down loss_function(*batch)[0], for the optimiser's own parameters alone; returns scalars to log."""
         parameters = optimizer.param_groups[0]["params"]
-        grads, losses = self.gradients(objective, parameters, *batch)
+        grads, losses = self.gradients(loss_function, parameters, *batch)
         for parameter, grad in zip(parameters, grads):
             parameter.grad = grad
         optimizer.step()
         return losses
 
-    def discriminator_objective(self, expert: Tensor, policy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def discriminator_loss(self, expert: Tensor, policy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Denoise the expert's samples [B, d] well, and the policy's badly."""
-        noise, t = self.discriminator.draw(2 * len(expert), expert.shape[1])
+        noise, t = self.discriminator.sample_noise_and_t(2 * len(expert), expert.shape[1])
         expert_loss, policy_loss = self.discriminator.adversarial_loss(expert, policy, noise, t)
-        loss, losses = expert_loss + policy_loss, {"expert_loss": expert_loss, "policy_loss": policy_loss}
+        loss, losses = expert_loss + policy_loss, {"disc_expert_loss": expert_loss, "disc_policy_loss": policy_loss}
         if self.args.grad_penalty > 0:
-            mix = torch.rand(len(expert), 1, device=expert.device)
-            penalty = self.discriminator.gradient_penalty(expert, policy, mix, *self.discriminator.draw(*expert.shape))
+            mix, (noise, t) = torch.rand(len(expert), 1, device=expert.device), self.discriminator.sample_noise_and_t(*expert.shape)
+            penalty = self.discriminator.gradient_penalty(expert, policy, mix, noise, t)
             loss, losses["grad_penalty"] = loss + self.args.grad_penalty * penalty, penalty
         return loss, losses
 
-    def critic_objective(
+    def critic_loss(
         self, observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Soft Bellman error of both critics (SAC, eq. 5), for rewards [B] and a discount, a number or [B] with 0 where the task ends."""
@@ -415,7 +413,7 @@ class DiffAIL(nn.Module):
         loss = 0.5 * (F.mse_loss(q1, target) + F.mse_loss(q2, target))
         return loss, {"qf_loss": loss}
 
-    def actor_objective(self, observations: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def actor_loss(self, observations: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """High value and high entropy for the actor (SAC, eq. 9), and with --autotune the target entropy for the temperature (eq. 18).
 
         In place of eq. 18's factor alpha there is log alpha, as in most code: the gradient keeps its sign."""
@@ -434,7 +432,7 @@ class DiffAIL(nn.Module):
         generator = torch.Generator(x.device).manual_seed(0)
         noise = torch.randn(self.args.diffusion_steps, *x.shape, device=x.device, generator=generator)
         # Not the compiled reward: episodes differ in length, and it would be compiled again for that.
-        return self.args.reward_scale * surrogate_reward(self.discriminator, x, noise, self.args.reward_form).sum().item()
+        return self.args.reward_scale * self.discriminator.surrogate_reward(x, noise, self.args.reward_form).sum().item()
 
 
 def graphed(update: Callable[[], dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -676,8 +674,6 @@ def main(args: Args):
     args.reward_form = args.reward_form or ("paper" if body in PAPER_REWARD else "released")
     if args.learning_starts >= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} leaves nothing to learn in --total-timesteps {args.total_timesteps}")
-    if args.batch_size > min(args.buffer_size, args.total_timesteps):
-        fail(f"--batch-size {args.batch_size} is more than will be stored: see --buffer-size and --total-timesteps")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch sees no CUDA device; use --device cpu")
     if args.compile and not can_compile():
@@ -697,7 +693,7 @@ def main(args: Args):
     run_dir = args.output_dir / f"{args.env_id}__diffail__{setting}__{args.num_trajectories}traj__s{args.seed}"
 
     agent = DiffAIL(observation_dim, action_dim, args, device)
-    expert_x = agent.set_expert(*(torch.from_numpy(array).to(device) for array in demos.values()))
+    expert_x = agent.fit_normalizer(*(torch.from_numpy(array).to(device) for array in demos.values()))
     buffer = ReplayBuffer(args.buffer_size, (observation_dim, action_dim, observation_dim), device)
     update = partial(agent.update, expert_x, buffer)
     if device.type == "cuda":
@@ -732,10 +728,17 @@ def main(args: Args):
 
         At the end of a run an episode may be unfinished: with a greater --total-timesteps it begins anew."""
         check_finite(losses | agent.state_dict(), step)
-        state = {name: part.state_dict() for name, part in learned.items()} | {"config": config, "evaluations": evaluations}
-        state |= {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "rng": torch.get_rng_state()}
-        state |= {"rows": buffer.rows[: int(buffer.size)].clone(), "position": buffer.position}
-        state |= {"device_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+        state = {name: part.state_dict() for name, part in learned.items()} | {
+            "config": config,
+            "evaluations": evaluations,
+            "step": step,
+            "episode": episode,
+            "wall_time": time.perf_counter() - clock,
+            "rng": torch.get_rng_state(),
+            "device_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+            "rows": buffer.rows[: int(buffer.size)].clone(),  # a view would be saved with all that is behind it
+            "position": buffer.position,
+        }
         write_file(checkpoint_path, lambda file: torch.save(state, file))
 
     for step in progress:

@@ -1,19 +1,20 @@
 """GAIL, generative adversarial imitation learning, on the same SAC as diffail.py and in the same order: the baseline, in one file.
 
 Ho & Ermon, "Generative Adversarial Imitation Learning", NeurIPS 2016, arXiv 1606.03476. With --state-only it is GAIfO (Torabi et al. 2018,
-arXiv 1807.06158). For x = [s, a], or with --state-only [s, s'], of dimension d, for Hopper scaled by the expert's mean and std:
+arXiv 1807.06158). x is a pair [s, a] or, with --state-only, [s, s'], of dimension d; with --normalize (the default for Hopper alone) it
+is scaled by the expert's mean and std.
 
     D(x) = sigmoid(f(x))                                            discriminator           MLPDiscriminator
-    min_f    (-E_expert[log D] - E_policy[log(1 - D)]) / 2          objective               binary_cross_entropy
-             + lambda E[(||grad_x f(x)||_2 - 1)^2]                  gradient penalty        logit_gradient_penalty
-    R(x) = log D(x)                                                 surrogate reward        gail_reward
-             or, as more usual, -log(1 - D(x)), by --reward-form paper
-    max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_objective, actor_objective
+    min_f    (-E_expert[log D] - E_policy[log(1 - D)]) / 2          objective               MLPDiscriminator.adversarial_loss
+             + lambda E[(||grad_x f(x)||_2 - 1)^2]                  gradient penalty        MLPDiscriminator.gradient_penalty
+    R(x) = log D(x)                                                 surrogate reward        MLPDiscriminator.surrogate_reward
+             or, as in the paper, -log(1 - D(x)), by --reward-form paper
+    max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_loss, actor_loss
 
-where c is --reward-scale, and alpha a constant, or with --autotune what actor_objective makes of it, with the actor's small regulariser.
+c is --reward-scale; alpha is constant, but with --autotune, when actor_loss tunes it. The actor's loss has a small regulariser besides.
 
-`diff gail_baseline.py diffail.py` shows what DiffAIL changes: discriminator, reward, and their hyperparameters (here those of DiffAIL's
-authors for GAIL).
+`diff gail_baseline.py diffail.py` shows what DiffAIL changes: discriminator, reward, and their hyperparameters. The discriminator's here
+are those of DiffAIL's authors for GAIL, SAC's are those of diffail.py.
 
     python gail_baseline.py --env-id HalfCheetah-v4
 """
@@ -69,13 +70,13 @@ class Args:
     num_trajectories: int = 1  # demonstrated episodes to learn from, the first ones of the file
     seed: int = 1  # of everything random: networks, exploration, minibatches, noise, environment
     total_timesteps: int | None = None  # environment steps; None: 750,000 for Hopper and Walker2d, 500,000 for all others
-    steps_after_termination: int = 100  # a training episode goes on so long after a termination; 1,000: as in the released code
+    steps_after_termination: int = 100  # for which a training episode goes on after a termination; released: 1,000
 
     # Discriminator and surrogate reward
-    normalize: bool | None = None  # scale x, not SAC's inputs, by the demonstrations' mean and standard deviation; None: for Hopper alone
+    normalize: bool | None = None  # standardise x, not SAC's inputs, by the demonstrations' mean and std; None: for Hopper alone
     hidden_dim: int = 128  # units in each of the two hidden layers of the discriminator
     grad_penalty: float = 4.0  # weight lambda of the gradient penalty
-    reward_form: Literal["released", "paper"] = "released"  # log D as in the DiffAIL authors' GAIL, or, as in most, -log(1 - D)
+    reward_form: Literal["released", "paper"] = "released"  # log D as in the DiffAIL authors' GAIL, or -log(1 - D) as in GAIL's paper
     reward_scale: float = 2.0  # factor on the surrogate reward
     discriminator_lr: float = 3e-4  # Adam learning rate of the discriminator
 
@@ -89,8 +90,8 @@ class Args:
     actor_lr: float = 3e-4  # Adam learning rate of the actor and of the temperature
     critic_lr: float = 3e-4  # Adam learning rate of the critics
     sac_beta1: float = 0.25  # Adam's beta_1 for actor, critics and temperature: the reward moves, so little momentum
-    alpha: float | None = None  # temperature, the weight of the entropy; None: ALPHA_TIMES_DIM / dim(A); with --autotune its first value
-    autotune: bool = False  # tune alpha, from --alpha on, towards a target entropy; the authors' code: --autotune --alpha 0.2
+    alpha: float | None = None  # temperature, the weight of the entropy, with --autotune at first; None: ALPHA_TIMES_DIM / dim(A)
+    autotune: bool = False  # tune alpha towards a target entropy; the released code does nearly what --autotune --alpha 0.2 does
     target_entropy_per_dim: float = -0.5  # target entropy of --autotune, per dimension of the action
     actor_regularizer: float = 1e-3  # weight of mean^2 + log_std^2 in the actor's loss
 
@@ -102,11 +103,11 @@ class Args:
     output_dir: Path = Path("runs")  # folder of the run directories
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     threads: int = 2  # of PyTorch on the CPU: 2 for one run alone, up to a third faster than 1; for several side by side 1 each
-    compile: bool | None = None  # compile losses and gradients: up to a third less time per step; None: on a CPU, if can_compile()
+    compile: bool | None = None  # compile losses and gradients, which saves time from then on; None: on a CPU, if can_compile()
 
 
 TOTAL_TIMESTEPS = {"Hopper": 750_000, "Walker2d": 750_000}  # as in the paper; for the others 500,000
-NORMALIZED = {"Hopper"}  # bodies whose x is scaled by default; found by experiment, see set_expert
+NORMALIZED = {"Hopper"}  # bodies whose x is scaled by default; found by experiment, see diffail.py's fit_normalizer
 ALPHA_TIMES_DIM = {"released": 0.12, "paper": 0.12}  # by --reward-form; the entropy grows with the dimensions, the reward does not
 MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "compile", "checkpoint_every"}
 TRAINING, EVALUATION = range(2)  # streams of episode seeds
@@ -127,25 +128,22 @@ class MLPDiscriminator(nn.Module):
         """x [B, d] to f(x) [B]."""
         return self.net(x).squeeze(-1).clamp(-10, 10)
 
+    def adversarial_loss(self, expert: Tensor, policy: Tensor) -> tuple[Tensor, Tensor]:
+        """-E_expert[log D] and -E_policy[log(1 - D)], for expert and policy [B, d]."""
+        expert_logits, policy_logits = self(torch.cat([expert, policy])).chunk(2)
+        return F.softplus(-expert_logits).mean(), F.softplus(policy_logits).mean()
 
-def binary_cross_entropy(discriminator: MLPDiscriminator, expert: Tensor, policy: Tensor) -> tuple[Tensor, Tensor]:
-    """-E_expert[log D] and -E_policy[log(1 - D)], for expert and policy [B, d]."""
-    expert_logits, policy_logits = discriminator(torch.cat([expert, policy])).chunk(2)
-    return F.softplus(-expert_logits).mean(), F.softplus(policy_logits).mean()
+    def gradient_penalty(self, expert: Tensor, policy: Tensor, mix: Tensor) -> Tensor:
+        """E[(||grad f||_2 - 1)^2] where mix [B, 1] in [0, 1] puts x between policy and expert (Gulrajani et al. 2017, eq. 3)."""
+        x = (mix * expert + (1 - mix) * policy).requires_grad_()
+        (grad,) = torch.autograd.grad(self(x).sum(), x, create_graph=True)
+        return (grad.norm(dim=-1) - 1).square().mean()
 
-
-def logit_gradient_penalty(discriminator: MLPDiscriminator, expert: Tensor, policy: Tensor, mix: Tensor) -> Tensor:
-    """E[(||grad f||_2 - 1)^2] where mix [B, 1] in [0, 1] puts x between policy and expert (Gulrajani et al. 2017, eq. 3)."""
-    x = (mix * expert + (1 - mix) * policy).requires_grad_()
-    (grad,) = torch.autograd.grad(discriminator(x).sum(), x, create_graph=True)
-    return (grad.norm(dim=-1) - 1).square().mean()
-
-
-@torch.no_grad()
-def gail_reward(discriminator: MLPDiscriminator, x: Tensor, form: str) -> Tensor:
-    """R(x), [B], for x [B, d]: log D or, in the paper's form, -log(1 - D)."""
-    logits = discriminator(x)
-    return F.softplus(logits) if form == "paper" else -F.softplus(-logits)
+    @torch.no_grad()
+    def surrogate_reward(self, x: Tensor, form: str) -> Tensor:
+        """R(x), [B], for x [B, d]: log D or, in the paper's form, -log(1 - D)."""
+        logits = self(x)
+        return F.softplus(logits) if form == "paper" else -F.softplus(-logits)
 
 
 # ------------------------------------------------------------------------------------------------------------------- SAC
@@ -153,8 +151,7 @@ def gail_reward(discriminator: MLPDiscriminator, x: Tensor, form: str) -> Tensor
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Three linear layers, ReLU after the first two."""
-    first, second, last = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)
-    return nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), last)
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
 class Actor(nn.Module):
@@ -236,20 +233,20 @@ def can_compile() -> bool:
 
 
 def compiled(function: Callable) -> Callable:
-    """`function` through torch.compile: a step of DiffAIL takes 19.4 ms in place of 28.3 on a CPU (benchmark/results/speed__cpu.csv)."""
+    """`function` through torch.compile: on a CPU a third off DiffAIL's step, a tenth off SAC's (benchmark/results/speed__cpu.csv)."""
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad too: a loss and its gradient become one program
     # Random numbers from PyTorch, not from the compiler: the same ones as uncompiled, and sooner drawn on a CPU.
     return torch.compile(function, options={"fallback_random": True})
 
 
-def gradients(objective: Callable, parameters: list[Tensor], *batch: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Gradients of the loss objective(*batch)[0], and what is to be logged, objective(*batch)[1]; compiled, one program does both."""
-    loss, losses = objective(*batch)
+def gradients(loss_function: Callable, parameters: list[Tensor], *batch: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Gradients of the loss loss_function(*batch)[0], and the scalars to log, loss_function(*batch)[1]; compiled, one program does both."""
+    loss, losses = loss_function(*batch)
     return torch.autograd.grad(loss, parameters), {name: value.detach() for name, value in losses.items()}
 
 
 class GAIL(nn.Module):
-    """All that is learned, its optimisers, and one step on all of it.
+    """Networks, optimisers and the update step.
 
     In the methods a batch is observations [B, obs], actions [B, act] in [-1, 1], and next_observations [B, obs]."""
 
@@ -266,6 +263,7 @@ class GAIL(nn.Module):
         self.register_buffer("x_std", torch.ones(input_dim))
         self.to(device)
         self.gradients = compiled(gradients) if args.compile else gradients
+        self.reward = compiled(MLPDiscriminator.surrogate_reward) if args.compile else MLPDiscriminator.surrogate_reward
         adam = partial(torch.optim.Adam, fused=True, capturable=True)  # capturable in a CUDA graph
         betas = args.sac_beta1, 0.999
         self.discriminator_optimizer = adam(self.discriminator.parameters(), lr=args.discriminator_lr)
@@ -278,49 +276,50 @@ class GAIL(nn.Module):
         x = torch.cat([observations, next_observations if self.args.state_only else actions], dim=-1)
         return (x - self.x_mean) / self.x_std
 
-    def set_expert(self, observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:
-        """The expert's x [N, d], with --normalize True by its own mean and standard deviation, and all later x by the same."""
-        expert_x = self.discriminator_input(observations, actions, next_observations)  # as it is: the mean is 0 and the std 1 so far
+    def fit_normalizer(self, *demonstrations: Tensor) -> Tensor:
+        """The demonstrations' x [N, d]; with --normalize True, theirs and all later x are scaled by the demonstrations' mean and std."""
         if self.args.normalize:
-            std = expert_x.std(0)
-            self.x_mean, self.x_std = expert_x.mean(0), std.masked_fill(std < 1e-6, 1.0)  # what never moves is only centred
-        return (expert_x - self.x_mean) / self.x_std
+            x = self.discriminator_input(*demonstrations)  # not yet scaled: the mean is 0 and the std 1 so far
+            std = x.std(0)
+            self.x_mean, self.x_std = x.mean(0), std.masked_fill(std < 1e-6, 1.0)  # what never moves is only centred
+        return self.discriminator_input(*demonstrations)
 
     def update(self, expert_x: Tensor, buffer: ReplayBuffer) -> dict[str, Tensor]:
-        """One step on everything, with the expert's x [N, d]; returns what is worth logging. Nothing in it waits for the GPU."""
+        """One step on everything, with the expert's x [N, d]; returns scalars to log. Nothing in it waits for the GPU."""
         args = self.args
         expert = expert_x[torch.randint(len(expert_x), (args.batch_size,), device=expert_x.device)]
         policy = self.discriminator_input(*buffer.sample(args.batch_size))
-        losses = self.descend(self.discriminator_optimizer, self.discriminator_objective, expert, policy)
+        losses = self.descend(self.discriminator_optimizer, self.discriminator_loss, expert, policy)
         # A second minibatch, for SAC. Its rewards are those of the discriminator as it is now; none are stored.
         batch = buffer.sample(args.batch_size)
         x = self.discriminator_input(*batch)
-        rewards = args.reward_scale * gail_reward(self.discriminator, x, args.reward_form)
-        losses |= self.descend(self.critic_optimizer, self.critic_objective, *batch, rewards, args.gamma)
-        losses |= self.descend(self.actor_optimizer, self.actor_objective, batch[0])
+        rewards = args.reward_scale * self.reward(self.discriminator, x, args.reward_form)
+        losses |= self.descend(self.critic_optimizer, self.critic_loss, *batch, rewards, args.gamma)
+        losses |= self.descend(self.actor_optimizer, self.actor_loss, batch[0])
         polyak_update(self.target_critic, self.critic, args.tau)
         return losses | {"surrogate_reward": rewards.mean()}
 
-    def descend(self, optimizer: torch.optim.Optimizer, objective: Callable, *batch: Tensor) -> dict[str, Tensor]:
-        """One step of the optimiser, on its own parameters alone, down objective(*batch); returns what is worth logging."""
+    def descend(self, optimizer: torch.optim.Optimizer, loss_function: Callable, *batch: Tensor) -> dict[str, Tensor]:
+        """zero_grad, backward and step down loss_function(*batch)[0], for the optimiser's own parameters alone; returns scalars to log."""
         parameters = optimizer.param_groups[0]["params"]
-        grads, losses = self.gradients(objective, parameters, *batch)
+        grads, losses = self.gradients(loss_function, parameters, *batch)
         for parameter, grad in zip(parameters, grads):
             parameter.grad = grad
         optimizer.step()
         return losses
 
-    def discriminator_objective(self, expert: Tensor, policy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def discriminator_loss(self, expert: Tensor, policy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Tell the expert's samples [B, d] from the policy's."""
-        expert_loss, policy_loss = binary_cross_entropy(self.discriminator, expert, policy)
+        expert_loss, policy_loss = self.discriminator.adversarial_loss(expert, policy)
         loss = (expert_loss + policy_loss) / 2  # the mean over all samples, which the released lambda goes with
-        losses = {"expert_loss": expert_loss, "policy_loss": policy_loss}
+        losses = {"disc_expert_loss": expert_loss, "disc_policy_loss": policy_loss}
         if self.args.grad_penalty > 0:
-            penalty = logit_gradient_penalty(self.discriminator, expert, policy, torch.rand(len(expert), 1, device=expert.device))
+            mix = torch.rand(len(expert), 1, device=expert.device)
+            penalty = self.discriminator.gradient_penalty(expert, policy, mix)
             loss, losses["grad_penalty"] = loss + self.args.grad_penalty * penalty, penalty
         return loss, losses
 
-    def critic_objective(
+    def critic_loss(
         self, observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Soft Bellman error of both critics (SAC, eq. 5), for rewards [B] and a discount, a number or [B] with 0 where the task ends."""
@@ -332,7 +331,7 @@ class GAIL(nn.Module):
         loss = 0.5 * (F.mse_loss(q1, target) + F.mse_loss(q2, target))
         return loss, {"qf_loss": loss}
 
-    def actor_objective(self, observations: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def actor_loss(self, observations: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """High value and high entropy for the actor (SAC, eq. 9), and with --autotune the target entropy for the temperature (eq. 18).
 
         In place of eq. 18's factor alpha there is log alpha, as in most code: the gradient keeps its sign."""
@@ -348,7 +347,8 @@ class GAIL(nn.Module):
         """Sum of an episode's surrogate rewards, times --reward-scale."""
         parts = (torch.from_numpy(episode[name]).to(self.log_alpha.device) for name in ("observations", "actions", "next_observations"))
         x = self.discriminator_input(*parts)
-        return self.args.reward_scale * gail_reward(self.discriminator, x, self.args.reward_form).sum().item()
+        # Not the compiled reward: episodes differ in length, and it would be compiled again for that.
+        return self.args.reward_scale * self.discriminator.surrogate_reward(x, self.args.reward_form).sum().item()
 
 
 def graphed(update: Callable[[], dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -589,8 +589,6 @@ def main(args: Args):
     args.normalize = body in NORMALIZED if args.normalize is None else args.normalize
     if args.learning_starts >= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} leaves nothing to learn in --total-timesteps {args.total_timesteps}")
-    if args.batch_size > min(args.buffer_size, args.total_timesteps):
-        fail(f"--batch-size {args.batch_size} is more than will be stored: see --buffer-size and --total-timesteps")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch sees no CUDA device; use --device cpu")
     if args.compile and not can_compile():
@@ -610,7 +608,7 @@ def main(args: Args):
     run_dir = args.output_dir / f"{args.env_id}__gail_baseline__{setting}__{args.num_trajectories}traj__s{args.seed}"
 
     agent = GAIL(observation_dim, action_dim, args, device)
-    expert_x = agent.set_expert(*(torch.from_numpy(array).to(device) for array in demos.values()))
+    expert_x = agent.fit_normalizer(*(torch.from_numpy(array).to(device) for array in demos.values()))
     buffer = ReplayBuffer(args.buffer_size, (observation_dim, action_dim, observation_dim), device)
     update = partial(agent.update, expert_x, buffer)
     if device.type == "cuda":
@@ -645,10 +643,17 @@ def main(args: Args):
 
         At the end of a run an episode may be unfinished: with a greater --total-timesteps it begins anew."""
         check_finite(losses | agent.state_dict(), step)
-        state = {name: part.state_dict() for name, part in learned.items()} | {"config": config, "evaluations": evaluations}
-        state |= {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "rng": torch.get_rng_state()}
-        state |= {"rows": buffer.rows[: int(buffer.size)].clone(), "position": buffer.position}
-        state |= {"device_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+        state = {name: part.state_dict() for name, part in learned.items()} | {
+            "config": config,
+            "evaluations": evaluations,
+            "step": step,
+            "episode": episode,
+            "wall_time": time.perf_counter() - clock,
+            "rng": torch.get_rng_state(),
+            "device_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+            "rows": buffer.rows[: int(buffer.size)].clone(),  # a view would be saved with all that is behind it
+            "position": buffer.position,
+        }
         write_file(checkpoint_path, lambda file: torch.save(state, file))
 
     for step in progress:

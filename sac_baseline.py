@@ -2,9 +2,9 @@
 
 Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905:
 
-    J_Q = 1/2 E[(Q(s, a) - (r + gamma (min Q'(s', a') - alpha log pi(a'|s'))))^2]       eq. 5     critic_objective
-    J_pi = E[alpha log pi(a|s) - min Q(s, a)] with a = tanh(mean + std eps)             eq. 9     actor_objective
-    J_alpha = E[-alpha (log pi(a|s) + target entropy)]                                  eq. 18    actor_objective
+    J_Q = 1/2 E[(Q(s, a) - (r + gamma (min Q'(s', a') - alpha log pi(a'|s'))))^2]       eq. 5     critic_loss
+    J_pi = E[alpha log pi(a|s) - min Q(s, a)] with a = tanh(mean + std eps)             eq. 9     actor_loss
+    J_alpha = E[-alpha (log pi(a|s) + target entropy)]                                  eq. 18    actor_loss
 
     python sac_baseline.py --env-id HalfCheetah-v4
     python sac_baseline.py --env-id Pendulum-v1 --target-return -180 --save-demos demos/Pendulum-v1.npz
@@ -83,7 +83,7 @@ class Args:
     output_dir: Path = Path("runs")  # folder of the run directories
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     threads: int = 2  # of PyTorch on the CPU: 2 for one run alone, up to a third faster than 1; for several side by side 1 each
-    compile: bool | None = None  # compile losses and gradients: up to a third less time per step; None: on a CPU, if can_compile()
+    compile: bool | None = None  # compile losses and gradients, which saves time from then on; None: on a CPU, if can_compile()
 
 
 MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "compile", "checkpoint_every"}
@@ -96,8 +96,7 @@ TRAINING, EVALUATION, DEMONSTRATION = range(3)  # streams of episode seeds
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Three linear layers, ReLU after the first two."""
-    first, second, last = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)
-    return nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), last)
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
 class Actor(nn.Module):
@@ -176,20 +175,20 @@ def can_compile() -> bool:
 
 
 def compiled(function: Callable) -> Callable:
-    """`function` through torch.compile: a step of DiffAIL takes 19.4 ms in place of 28.3 on a CPU (benchmark/results/speed__cpu.csv)."""
+    """`function` through torch.compile: on a CPU a third off DiffAIL's step, a tenth off SAC's (benchmark/results/speed__cpu.csv)."""
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad too: a loss and its gradient become one program
     # Random numbers from PyTorch, not from the compiler: the same ones as uncompiled, and sooner drawn on a CPU.
     return torch.compile(function, options={"fallback_random": True})
 
 
-def gradients(objective: Callable, parameters: list[Tensor], *batch: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Gradients of the loss objective(*batch)[0], and what is to be logged, objective(*batch)[1]; compiled, one program does both."""
-    loss, losses = objective(*batch)
+def gradients(loss_function: Callable, parameters: list[Tensor], *batch: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Gradients of the loss loss_function(*batch)[0], and the scalars to log, loss_function(*batch)[1]; compiled, one program does both."""
+    loss, losses = loss_function(*batch)
     return torch.autograd.grad(loss, parameters), {name: value.detach() for name, value in losses.items()}
 
 
 class SAC(nn.Module):
-    """All that is learned, its optimisers, and one step on all of it.
+    """Networks, optimisers and the update step.
 
     In the methods a batch is observations [B, obs], actions [B, act] in [-1, 1], next_observations [B, obs], and rewards [B]."""
 
@@ -207,24 +206,24 @@ class SAC(nn.Module):
         self.actor_optimizer = adam([*self.actor.parameters(), self.log_alpha], lr=args.actor_lr)
 
     def update(self, buffer: ReplayBuffer) -> dict[str, Tensor]:
-        """One step on everything; returns what is worth logging. Nothing in it waits for the GPU."""
+        """One step on everything; returns scalars to log. Nothing in it waits for the GPU."""
         *batch, rewards, terminations = buffer.sample(self.args.batch_size)
         discount = self.args.gamma * (1 - terminations.squeeze(-1))
-        losses = self.descend(self.critic_optimizer, self.critic_objective, *batch, rewards.squeeze(-1), discount)
-        losses |= self.descend(self.actor_optimizer, self.actor_objective, batch[0])
+        losses = self.descend(self.critic_optimizer, self.critic_loss, *batch, rewards.squeeze(-1), discount)
+        losses |= self.descend(self.actor_optimizer, self.actor_loss, batch[0])
         polyak_update(self.target_critic, self.critic, self.args.tau)
         return losses
 
-    def descend(self, optimizer: torch.optim.Optimizer, objective: Callable, *batch: Tensor) -> dict[str, Tensor]:
-        """One step of the optimiser, on its own parameters alone, down objective(*batch); returns what is worth logging."""
+    def descend(self, optimizer: torch.optim.Optimizer, loss_function: Callable, *batch: Tensor) -> dict[str, Tensor]:
+        """zero_grad, backward and step down loss_function(*batch)[0], for the optimiser's own parameters alone; returns scalars to log."""
         parameters = optimizer.param_groups[0]["params"]
-        grads, losses = self.gradients(objective, parameters, *batch)
+        grads, losses = self.gradients(loss_function, parameters, *batch)
         for parameter, grad in zip(parameters, grads):
             parameter.grad = grad
         optimizer.step()
         return losses
 
-    def critic_objective(
+    def critic_loss(
         self, observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Soft Bellman error of both critics (SAC, eq. 5), for rewards [B] and a discount, a number or [B] with 0 where the task ends."""
@@ -236,7 +235,7 @@ class SAC(nn.Module):
         loss = 0.5 * (F.mse_loss(q1, target) + F.mse_loss(q2, target))
         return loss, {"qf_loss": loss}
 
-    def actor_objective(self, observations: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def actor_loss(self, observations: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """High value and high entropy for the actor (SAC, eq. 9), and the target entropy for the temperature (eq. 18).
 
         In place of eq. 18's factor alpha there is log alpha, as in most code: the gradient keeps its sign."""
@@ -464,8 +463,6 @@ def main(args: Args):
     check_numbers(args)
     if args.learning_starts >= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} leaves nothing to learn in --total-timesteps {args.total_timesteps}")
-    if args.batch_size > min(args.buffer_size, args.total_timesteps):
-        fail(f"--batch-size {args.batch_size} is more than will be stored: see --buffer-size and --total-timesteps")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch sees no CUDA device; use --device cpu")
     if args.compile and not can_compile():
@@ -500,8 +497,11 @@ def main(args: Args):
         state = load_checkpoint(checkpoint_path, learned, buffer, config)
         start, episode, wall_time, evaluations = (state[name] for name in ("step", "episode", "wall_time", "evaluations"))
         target, last = args.target_return, (evaluations or [{"step": 0}])[-1]
-        if start >= args.total_timesteps or (target is not None and last["step"] == start and last["mean_return"] >= target):
+        reached = target is not None and last["step"] == start and last["mean_return"] >= target
+        if start >= args.total_timesteps or reached:
             print(f"{run_dir} has finished its {start:,} steps already")
+            if target is not None and not reached:
+                fail(f"no evaluation reached --target-return {target}: nothing was recorded", 1)
             if args.save_demos:
                 record_demonstrations(args.save_demos, agent.actor, eval_env, args, config)
             return
@@ -518,10 +518,17 @@ def main(args: Args):
 
         At the end of a run an episode may be unfinished: with a greater --total-timesteps it begins anew."""
         check_finite(losses | agent.state_dict(), step)
-        state = {name: part.state_dict() for name, part in learned.items()} | {"config": config, "evaluations": evaluations}
-        state |= {"step": step, "episode": episode, "wall_time": time.perf_counter() - clock, "rng": torch.get_rng_state()}
-        state |= {"rows": buffer.rows[: int(buffer.size)].clone(), "position": buffer.position}
-        state |= {"device_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+        state = {name: part.state_dict() for name, part in learned.items()} | {
+            "config": config,
+            "evaluations": evaluations,
+            "step": step,
+            "episode": episode,
+            "wall_time": time.perf_counter() - clock,
+            "rng": torch.get_rng_state(),
+            "device_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+            "rows": buffer.rows[: int(buffer.size)].clone(),  # a view would be saved with all that is behind it
+            "position": buffer.position,
+        }
         write_file(checkpoint_path, lambda file: torch.save(state, file))
 
     for step in progress:
@@ -586,8 +593,7 @@ def main(args: Args):
     if evaluations:
         print(f"best return {returns.max():.1f}, final return {returns[-5:].mean():.1f} (mean of the last {len(returns[-5:])} evaluations)")
     if args.target_return is not None and not (returns[-1:] >= args.target_return).any():
-        print(f"no evaluation reached --target-return {args.target_return}: nothing was recorded")
-        raise SystemExit(1)
+        fail(f"no evaluation reached --target-return {args.target_return}: nothing was recorded", 1)
     if args.save_demos:
         record_demonstrations(args.save_demos, agent.actor, eval_env, args, config)
 

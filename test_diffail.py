@@ -202,7 +202,7 @@ def test_gradient_penalty_and_its_parameter_gradient():
 @pytest.mark.parametrize("form", ["paper", "released"])
 def test_surrogate_reward_is_that_of_a_plain_loop_over_t(form):
     discriminator, x, noise = make_discriminator(), 2 * torch.randn(12, 5).double(), torch.randn(STEPS, 12, 5).double()
-    rewards = diffail.surrogate_reward(discriminator, x, noise, form)
+    rewards = discriminator.surrogate_reward(x, noise, form)
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, STEPS, dtype=torch.float64), 0)
     for b in range(12):
         losses, likeness = [], []
@@ -221,11 +221,11 @@ def test_rewards_are_finite_and_positive_and_fall_with_the_loss(form):
     nn.init.zeros_(discriminator.noise_predictor.out.weight)
     nn.init.zeros_(discriminator.noise_predictor.out.bias)  # the prediction is 0, so L = noise^2
     noise = torch.logspace(-6, 0.5, 200).view(1, -1, 1).repeat(STEPS, 1, 1)
-    rewards = diffail.surrogate_reward(discriminator, torch.zeros(200, 1), noise, form)
+    rewards = discriminator.surrogate_reward(torch.zeros(200, 1), noise, form)
     assert torch.isfinite(rewards).all() and (rewards > 0).all()
     assert (rewards.diff() < 0).all()
-    far = diffail.surrogate_reward(discriminator, torch.zeros(1, 1), torch.full((STEPS, 1, 1), 1e3), form)
-    exact = diffail.surrogate_reward(discriminator, torch.zeros(1, 1), torch.zeros(STEPS, 1, 1), form)
+    far = discriminator.surrogate_reward(torch.zeros(1, 1), torch.full((STEPS, 1, 1), 1e3), form)
+    exact = discriminator.surrogate_reward(torch.zeros(1, 1), torch.zeros(STEPS, 1, 1), form)
     assert far.item() == 0 and math.isfinite(exact.item()) and exact.item() > 60
 
 
@@ -234,8 +234,8 @@ def train_discriminator(expert: torch.Tensor, policy: torch.Tensor, updates: int
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=1e-3)
     for _ in range(updates):
         e, p = (data[torch.randint(len(data), (128,))] for data in (expert, policy))
-        expert_loss, policy_loss = discriminator.adversarial_loss(e, p, *discriminator.draw(256, e.shape[1]))
-        penalty = discriminator.gradient_penalty(e, p, torch.rand(128, 1), *discriminator.draw(128, e.shape[1]))
+        expert_loss, policy_loss = discriminator.adversarial_loss(e, p, *discriminator.sample_noise_and_t(256, e.shape[1]))
+        penalty = discriminator.gradient_penalty(e, p, torch.rand(128, 1), *discriminator.sample_noise_and_t(128, e.shape[1]))
         optimizer.zero_grad()
         (expert_loss + policy_loss + 0.1 * penalty).backward()
         optimizer.step()
@@ -259,7 +259,7 @@ def test_discriminator_separates_expert_from_random_on_held_out_data_and_not_two
     random = torch.from_numpy(np.array(pairs))
 
     def score(discriminator, x):
-        return diffail.surrogate_reward(discriminator, x, torch.randn(STEPS, *x.shape), "paper")
+        return discriminator.surrogate_reward(x, torch.randn(STEPS, *x.shape), "paper")
 
     discriminator = train_discriminator(expert[:4000], random[:2000])
     assert area_under_roc(score(discriminator, expert[4000:6000]), score(discriminator, random[2000:])) >= 0.95
@@ -276,11 +276,11 @@ def test_gails_objective_and_rewards_are_those_of_its_sigmoid():
     expert, policy = torch.randn(64, 5).double(), 2 * torch.randn(64, 5).double()
     d_expert, d_policy = (torch.sigmoid(discriminator.net(x).clamp(-10, 10)).squeeze(1) for x in (expert, policy))
     assert (discriminator.net(expert).abs() > 10).any() and discriminator(expert).abs().max() == 10
-    expert_loss, policy_loss = gail_baseline.binary_cross_entropy(discriminator, expert, policy)
+    expert_loss, policy_loss = discriminator.adversarial_loss(expert, policy)
     assert expert_loss.item() == pytest.approx(F.binary_cross_entropy(d_expert, torch.ones_like(d_expert)).item(), rel=1e-9)
     assert policy_loss.item() == pytest.approx(F.binary_cross_entropy(d_policy, torch.zeros_like(d_policy)).item(), rel=1e-9)
     for form, expected in (("released", d_policy.log()), ("paper", -(1 - d_policy).log())):
-        rewards = gail_baseline.gail_reward(discriminator, policy, form)
+        rewards = discriminator.surrogate_reward(policy, form)
         np.testing.assert_allclose(rewards, expected.detach(), rtol=1e-9)
         assert not rewards.requires_grad
 
@@ -294,7 +294,7 @@ def test_gails_gradient_penalty_is_that_of_finite_differences():
         columns = [(discriminator(x + h * e) - discriminator(x - h * e)) / (2 * h) for e in torch.eye(5).double()]
         return ((torch.stack(columns, 1).norm(dim=1) - 1) ** 2).mean()
 
-    ours, expected = gail_baseline.logit_gradient_penalty(discriminator, expert, policy, mix), penalty()
+    ours, expected = discriminator.gradient_penalty(expert, policy, mix), penalty()
     assert ours.item() == pytest.approx(expected.item(), rel=1e-6)
     parameters = [p for name, p in discriminator.named_parameters() if name != "net.4.bias"]  # a constant has no gradient in x
     for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(expected, parameters)):
@@ -306,10 +306,10 @@ def test_one_gail_update_is_the_plain_one():
     agent = gail_baseline.GAIL(3, 2, args, torch.device("cpu"))
     expert, policy, wide = torch.randn(32, 5), torch.randn(32, 5), copy.deepcopy(agent.discriminator)
     rng = torch.get_rng_state()
-    losses = agent.descend(agent.discriminator_optimizer, agent.discriminator_objective, expert, policy)
+    losses = agent.descend(agent.discriminator_optimizer, agent.discriminator_loss, expert, policy)
     torch.set_rng_state(rng)
     logits, targets = wide(torch.cat([expert, policy])), torch.cat([torch.ones(32), torch.zeros(32)])
-    penalty = gail_baseline.logit_gradient_penalty(wide, expert, policy, torch.rand(32, 1))
+    penalty = wide.gradient_penalty(expert, policy, torch.rand(32, 1))
     total = F.binary_cross_entropy_with_logits(logits, targets) + 4 * penalty
     gradients = torch.autograd.grad(total, list(wide.parameters()), allow_unused=True)
     for before, after, gradient in zip(wide.parameters(), agent.discriminator.parameters(), gradients):
@@ -375,10 +375,10 @@ def tiny_sac() -> tuple:
     return agent, agent.actor, agent.critic, agent.target_critic, [part.double() for part in batch]
 
 
-def test_critic_objective_is_the_hand_written_one():
+def test_critic_loss_is_the_hand_written_one():
     agent, actor, critic, target, (s, a, s_next, rewards, discount) = tiny_sac()
     torch.manual_seed(5)
-    loss, losses = agent.critic_objective(s, a, s_next, rewards, discount)
+    loss, losses = agent.critic_loss(s, a, s_next, rewards, discount)
     torch.manual_seed(5)
     noise = torch.randn(7, 2, dtype=torch.float64).numpy()
     a_next, log_prob = numpy_sample(actor, s_next.numpy(), noise)
@@ -389,10 +389,10 @@ def test_critic_objective_is_the_hand_written_one():
     assert loss.item() == losses["qf_loss"].item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_actor_objective_is_the_hand_written_one():
+def test_actor_loss_is_the_hand_written_one():
     agent, actor, critic, _, (s, *_) = tiny_sac()
     torch.manual_seed(5)
-    loss, losses = agent.actor_objective(s)
+    loss, losses = agent.actor_loss(s)
     torch.manual_seed(5)
     noise = torch.randn(7, 2, dtype=torch.float64).numpy()
     actions, log_prob = numpy_sample(actor, s.numpy(), noise)
@@ -408,7 +408,7 @@ def test_actor_objective_is_the_hand_written_one():
     assert gradient.item() == pytest.approx(-(log_prob.mean() - 1), rel=1e-10)
     agent.args.autotune = False
     torch.manual_seed(5)
-    untuned = torch.autograd.grad(agent.actor_objective(s)[0], list(actor.parameters()))
+    untuned = torch.autograd.grad(agent.actor_loss(s)[0], list(actor.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(tuned, untuned))  # the temperature's loss is none of the actor's
 
 
@@ -422,11 +422,11 @@ def test_polyak_update_is_the_weighted_mean():
 
 def test_gradients_stay_in_the_network_that_learns():
     agent, actor, critic, target, batch = tiny_sac()
-    agent.critic_objective(*batch)[0].backward()
+    agent.critic_loss(*batch)[0].backward()
     assert all(p.grad is None for p in [*target.parameters(), *actor.parameters(), agent.log_alpha])
     assert all(p.grad is not None for p in critic.parameters())
     critic.zero_grad()
-    agent.actor_objective(batch[0])[0].backward(inputs=list(actor.parameters()))
+    agent.actor_loss(batch[0])[0].backward(inputs=list(actor.parameters()))
     assert all(p.grad is None for p in critic.parameters())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in actor.parameters())
 
@@ -478,12 +478,12 @@ def plain_update(agent: diffail.DiffAIL, expert_x: torch.Tensor, buffer: diffail
     noise, t = randn(2 * batch, d), torch.randint(STEPS, (2 * batch,), device=device)
     d_expert = torch.exp(-reference_loss(wide.discriminator, expert, noise[:batch], t[:batch]))
     d_policy = torch.exp(-reference_loss(wide.discriminator, policy, noise[batch:], t[batch:]))
-    losses["expert_loss"], losses["policy_loss"] = -d_expert.log().mean(), -(1 - d_policy).log().mean()
+    losses["disc_expert_loss"], losses["disc_policy_loss"] = -d_expert.log().mean(), -(1 - d_policy).log().mean()
     mix = torch.rand(batch, 1, device=device).double()
     x = (mix * expert + (1 - mix) * policy).requires_grad_()
     d_mixed = torch.exp(-reference_loss(wide.discriminator, x, randn(batch, d), torch.randint(STEPS, (batch,), device=device)))
     losses["grad_penalty"] = ((torch.autograd.grad(d_mixed.sum(), x, create_graph=True)[0].norm(dim=1) - 1) ** 2).mean()
-    total = losses["expert_loss"] + losses["policy_loss"] + args.grad_penalty * losses["grad_penalty"]
+    total = losses["disc_expert_loss"] + losses["disc_policy_loss"] + args.grad_penalty * losses["grad_penalty"]
     adam(agent.discriminator_optimizer, network("discriminator"), total)
 
     o, a, o_next, x = sample()
@@ -647,15 +647,15 @@ def corridor_demos(path: Path, episodes: int = 3, env_id: str = "Corridor-v0") -
     return path
 
 
-def spy_on_critic_objective(script, monkeypatch) -> list:
+def spy_on_critic_loss(script, monkeypatch) -> list:
     kind = next(getattr(script, name) for name in ("DiffAIL", "GAIL", "SAC") if hasattr(script, name))
-    calls, original = [], kind.critic_objective
-    monkeypatch.setattr(kind, "critic_objective", lambda agent, *batch: calls.append(batch) or original(agent, *batch))
+    calls, original = [], kind.critic_loss
+    monkeypatch.setattr(kind, "critic_loss", lambda agent, *batch: calls.append(batch) or original(agent, *batch))
     return calls
 
 
 def test_sac_bootstraps_through_truncations_and_not_through_terminations(tmp_path, monkeypatch):
-    calls = spy_on_critic_objective(sac_baseline, monkeypatch)
+    calls = spy_on_critic_loss(sac_baseline, monkeypatch)
     sac_baseline.main(sac_baseline.Args(**SMALL, total_timesteps=100, output_dir=tmp_path))
     seen = set()
     for *_, next_observations, rewards, discount in calls:
@@ -668,7 +668,7 @@ def test_sac_bootstraps_through_truncations_and_not_through_terminations(tmp_pat
 
 @pytest.mark.parametrize("script", [diffail, gail_baseline])
 def test_imitation_bootstraps_through_every_end_and_never_sees_the_reward(script, tmp_path, monkeypatch):
-    calls = spy_on_critic_objective(script, monkeypatch)
+    calls = spy_on_critic_loss(script, monkeypatch)
     args = dict(**IMITATION, total_timesteps=100, demos=corridor_demos(tmp_path / "demos.npz"), output_dir=tmp_path)
     script.main(script.Args(**args))
     assert len(calls) == 80
@@ -679,7 +679,7 @@ def test_imitation_bootstraps_through_every_end_and_never_sees_the_reward(script
     evaluations = (tmp_path / f"Corridor-v0__{script.__name__}__state-action__1traj__s1" / "evaluations.csv").read_text()
     step = Corridor.step
     monkeypatch.setattr(Corridor, "step", lambda self, action: (lambda o, r, *rest: (o, -9.0, *rest))(*step(self, action)))
-    again = spy_on_critic_objective(script, monkeypatch)
+    again = spy_on_critic_loss(script, monkeypatch)
     script.main(script.Args(**args | {"output_dir": tmp_path / "other-reward"}))
     assert all(torch.equal(a, b[3]) for a, b in zip(surrogate_rewards, again))  # another true reward, the same surrogate rewards
     assert "35.000" in evaluations and "-45.000" in next((tmp_path / "other-reward").glob("*/evaluations.csv")).read_text()
@@ -729,7 +729,7 @@ def test_the_correlation_is_that_of_the_episodes_surrogate_and_true_returns(scri
         x = torch.from_numpy(np.concatenate([episode["observations"], episode["next_observations" if state_only else "actions"]], 1))
         if script is diffail:
             noise = torch.randn(10, *x.shape, generator=torch.Generator().manual_seed(0))
-            surrogate_returns.append(2 * diffail.surrogate_reward(agent.discriminator, x, noise, "released").sum().item())
+            surrogate_returns.append(2 * agent.discriminator.surrogate_reward(x, noise, "released").sum().item())
         else:
             surrogate_returns.append(2 * F.logsigmoid(agent.discriminator(x)).sum().item())
     rng = torch.get_rng_state()
@@ -837,8 +837,8 @@ def test_two_threads_compute_the_same_each_time():
 
 @pytest.mark.parametrize("autotune", [False, True])
 def test_optimizers_are_the_released_ones_and_alpha_follows_its_target_only_with_autotune(autotune, tmp_path, monkeypatch):
-    agents, original = [], diffail.DiffAIL.actor_objective
-    monkeypatch.setattr(diffail.DiffAIL, "actor_objective", lambda agent, *batch: agents.append(agent) or original(agent, *batch))
+    agents, original = [], diffail.DiffAIL.actor_loss
+    monkeypatch.setattr(diffail.DiffAIL, "actor_loss", lambda agent, *batch: agents.append(agent) or original(agent, *batch))
     run = dict(demos=corridor_demos(tmp_path / "d.npz"), total_timesteps=70, output_dir=tmp_path)
     diffail.main(diffail.Args(**IMITATION, **run, autotune=autotune))
     state = torch.load(next(tmp_path.glob("*/checkpoint.pt")), weights_only=True)
@@ -932,6 +932,16 @@ def test_failed_episodes_can_be_left_out(tmp_path, capsys):
     assert exit_.value.code == 1 and "0 of 30 episodes reached" in capsys.readouterr().out and not (tmp_path / "none.npz").exists()
 
 
+def test_an_expert_that_missed_its_target_is_not_recorded(tmp_path, capsys):
+    args = SMALL | dict(total_timesteps=100, target_return=36, save_demos=tmp_path / "demos.npz", demo_episodes=2, output_dir=tmp_path)
+    for resume in (False, True):  # resumed, the run is found finished
+        with pytest.raises(SystemExit) as exit_:
+            sac_baseline.main(sac_baseline.Args(**args, resume=resume))
+        assert exit_.value.code == 1 and "nothing was recorded" in capsys.readouterr().err and not args["save_demos"].exists()
+    sac_baseline.main(sac_baseline.Args(**args | {"target_return": None}, resume=True))  # asked for as it is
+    assert args["save_demos"].exists()
+
+
 # --------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -1009,7 +1019,6 @@ BAD_INPUT = [  # what is done to the demonstrations, further arguments, and a pa
     ("", "--alpha 0", "--alpha is 0.0, and must"),
     ("", "--seed -1", "--seed is -1, and must"),
     ("", "--batch-size 0", "--batch-size is 0, and must"),
-    ("", "--batch-size 501", "--batch-size 501 is more than will be stored"),
     ("", "--learning-starts 1000 --total-timesteps 1000", "leaves nothing to learn"),
     ("", "--output-dir {file}", "cannot write to"),
     ("", "--compile True", "--compile True needs Linux, a C++ compiler"),
@@ -1296,7 +1305,7 @@ def test_a_run_that_dies_while_it_finishes_is_finished_by_resume(module, file, t
 @pytest.mark.parametrize(
     "what, message",
     [
-        ("policy_loss", "policy_loss is not finite at step 150"),
+        ("disc_policy_loss", "disc_policy_loss is not finite at step 150"),
         ("surrogate_reward", "surrogate_reward is not finite at step 150"),
         ("critic", "critic.q1.0.weight is not finite at step 200"),
         ("actor", "action is not finite at step 150"),
@@ -1558,9 +1567,9 @@ def test_same_name_same_source():
                 assert ours[name] == theirs[name], f"{name} differs between {one.name} and {other.name}"
                 shared += 1
     assert shared >= 60
-    for name in ("descend", "critic_objective"):
+    for name in ("descend", "critic_loss"):
         assert len({inspect.getsource(getattr(kind, name)) for kind in (diffail.DiffAIL, gail_baseline.GAIL, sac_baseline.SAC)}) == 1
-    assert inspect.getsource(diffail.DiffAIL.actor_objective) == inspect.getsource(gail_baseline.GAIL.actor_objective)
+    assert inspect.getsource(diffail.DiffAIL.actor_loss) == inspect.getsource(gail_baseline.GAIL.actor_loss)
 
 
 def test_gail_differs_from_diffail_in_its_discriminator_and_reward_alone():

@@ -40,7 +40,7 @@ def rewards(agent: diffail.DiffAIL, *transitions: torch.Tensor) -> tuple[np.ndar
     """Of each transition the reward in the released and in the paper's form, times c, and the diffusion loss, mean over t."""
     args, x = agent.args, agent.discriminator_input(*transitions)
     noise = torch.randn(args.diffusion_steps, *x.shape, generator=torch.Generator().manual_seed(0))
-    forms = (args.reward_scale * diffail.surrogate_reward(agent.discriminator, x, noise, form) for form in ("released", "paper"))
+    forms = (args.reward_scale * agent.discriminator.surrogate_reward(x, noise, form) for form in ("released", "paper"))
     loss = agent.discriminator.diffusion_loss(x, noise, torch.arange(args.diffusion_steps)[:, None]).mean(0)
     return tuple(values.numpy() for values in (*forms, loss))
 

@@ -86,7 +86,7 @@ class Program:
         buffer.position = STORED
         observation, _ = env.reset(seed=0)
         first = [part[:1000] for part in demos]  # one demonstration
-        learner = [] if script == "sac_baseline" else [agent.set_expert(*first)]
+        learner = [] if script == "sac_baseline" else [agent.fit_normalizer(*first)]
 
         def sample():
             self.batch = buffer.sample(BATCH_SIZE)
@@ -115,15 +115,15 @@ class Program:
             x = learner[0][:BATCH_SIZE]
             policy = agent.discriminator_input(*self.batch)
             self.stages["sample"] = lambda: (sample(), sample())
-            self.stages["discriminator"] = lambda: agent.descend(agent.discriminator_optimizer, agent.discriminator_objective, x, policy)
+            self.stages["discriminator"] = lambda: agent.descend(agent.discriminator_optimizer, agent.discriminator_loss, x, policy)
             if script == "diffail":
                 noise = partial(torch.randn, args.diffusion_steps, BATCH_SIZE, dim, device=device)
-                self.stages["reward"] = lambda: agent.surrogate_reward(agent.discriminator, policy, noise(), args.reward_form)
+                self.stages["reward"] = lambda: agent.reward(agent.discriminator, policy, noise(), args.reward_form)
             else:
-                self.stages["reward"] = lambda: module.gail_reward(agent.discriminator, policy, args.reward_form)
+                self.stages["reward"] = lambda: agent.reward(agent.discriminator, policy, args.reward_form)
         rewards = torch.rand(BATCH_SIZE, device=device)
-        self.stages["critic"] = lambda: agent.descend(agent.critic_optimizer, agent.critic_objective, *self.batch[:3], rewards, args.gamma)
-        self.stages["actor"] = lambda: agent.descend(agent.actor_optimizer, agent.actor_objective, self.batch[0])
+        self.stages["critic"] = lambda: agent.descend(agent.critic_optimizer, agent.critic_loss, *self.batch[:3], rewards, args.gamma)
+        self.stages["actor"] = lambda: agent.descend(agent.actor_optimizer, agent.actor_loss, self.batch[0])
         self.stages["target"] = lambda: module.polyak_update(agent.target_critic, agent.critic, args.tau)
         self.stages["environment"] = environment
 
@@ -186,8 +186,8 @@ def whole_program(script: str, options: dict, device: str, threads: int, steps: 
 
     def initialize(agent, *args, plain=kind.__init__):
         plain(agent, *args)
-        if hasattr(agent, "surrogate_reward"):
-            agent.surrogate_reward = timed(agent.surrogate_reward)  # compiled or not
+        if hasattr(agent, "reward"):
+            agent.reward = timed(agent.reward)  # compiled or not
 
     def make_env(*args, plain=module.make_env):
         env = plain(*args)
@@ -204,7 +204,7 @@ def whole_program(script: str, options: dict, device: str, threads: int, steps: 
     # To act is to sample for one observation; the losses sample for a batch of them.
     replaced += [(module.Actor, "sample", timed(module.Actor.sample, lambda actor, observations: observations.dim() == 1))]
     buffer = module.ReplayBuffer
-    stages = (kind, "descend"), (buffer, "sample"), (buffer, "add"), (module, "polyak_update"), (module, "gail_reward")
+    stages = (kind, "descend"), (buffer, "sample"), (buffer, "add"), (module, "polyak_update")
     replaced += [(owner, name, timed(getattr(owner, name))) for owner, name in stages if hasattr(owner, name)]
     for owner, name, new in replaced:
         setattr(owner, name, new)
