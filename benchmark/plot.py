@@ -27,6 +27,7 @@ NAMES = {"diffail": "DiffAIL", "gail_baseline": "GAIL"}
 ENVIRONMENTS = "HalfCheetah-v4", "Ant-v4", "Hopper-v4", "Walker2d-v4"
 TEMPERATURES = {"": "alpha fixed", "autotune": "--autotune"}
 TEMPERATURES |= {"autotune-until-225k": "--autotune, alpha fixed from 225k on"}
+TEMPERATURES |= {"no-penalty-released-reward-autotune-0.3": "--autotune, target 0.3, and other changes"}
 STYLES = [(BLUE, "-"), (ORANGE, "--"), (PURPLE, "-."), (GREEN, (0, (5, 1, 1, 1, 1, 1))), (SKY, (0, (8, 2)))]
 NAMED = {"env", "setting", "algorithm", "transitions"}  # columns that are no numbers
 ALIKE = 0.05  # an evaluation whose episodes' returns have a standard deviation below this part of the expert's return
