@@ -94,9 +94,9 @@ class Args:
     actor_lr: float = 3e-4  # Adam learning rate of the actor and of the temperature
     critic_lr: float = 3e-4  # Adam learning rate of the critics
     sac_beta1: float = 0.25  # Adam's beta_1 for actor, critics and temperature: the reward moves, so little momentum
-    alpha: float | None = None  # temperature, the weight of the entropy, with --autotune at first; None: ALPHA_TIMES_DIM / dim(A)
-    autotune: bool = False  # tune alpha towards a target entropy; the released code does nearly what --autotune --alpha 0.2 does
-    target_entropy_per_dim: float = -0.5  # target entropy of --autotune, per dimension of the action
+    alpha: float | None = None  # temperature, the weight of the entropy (with --autotune the first one); None: ALPHA_TIMES_DIM / dim(A)
+    autotune: bool = False  # tune alpha towards a target entropy, from --alpha on, in the released code from 0.2
+    target_entropy_per_dim: float = -0.5  # target entropy of --autotune per dimension of the action; released: -0.5, in effect 0.1 to 0.3
     actor_regularizer: float = 1e-3  # weight of mean^2 + log_std^2 in the actor's loss
 
     # The run
@@ -674,6 +674,8 @@ def main(args: Args):
     args.reward_form = args.reward_form or ("paper" if body in PAPER_REWARD else "released")
     if args.learning_starts >= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} leaves nothing to learn in --total-timesteps {args.total_timesteps}")
+    if args.batch_size > min(args.buffer_size, args.total_timesteps):
+        fail(f"--batch-size {args.batch_size} is more than will be stored: see --buffer-size and --total-timesteps")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch sees no CUDA device; use --device cpu")
     if args.compile and not can_compile():

@@ -463,6 +463,8 @@ def main(args: Args):
     check_numbers(args)
     if args.learning_starts >= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} leaves nothing to learn in --total-timesteps {args.total_timesteps}")
+    if args.batch_size > min(args.buffer_size, args.total_timesteps):
+        fail(f"--batch-size {args.batch_size} is more than will be stored: see --buffer-size and --total-timesteps")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch sees no CUDA device; use --device cpu")
     if args.compile and not can_compile():

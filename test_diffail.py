@@ -1019,6 +1019,7 @@ BAD_INPUT = [  # what is done to the demonstrations, further arguments, and a pa
     ("", "--alpha 0", "--alpha is 0.0, and must"),
     ("", "--seed -1", "--seed is -1, and must"),
     ("", "--batch-size 0", "--batch-size is 0, and must"),
+    ("", "--batch-size 501", "--batch-size 501 is more than will be stored"),
     ("", "--learning-starts 1000 --total-timesteps 1000", "leaves nothing to learn"),
     ("", "--output-dir {file}", "cannot write to"),
     ("", "--compile True", "--compile True needs Linux, a C++ compiler"),
@@ -1045,10 +1046,20 @@ def test_bad_input_is_one_line_and_exit_code_2(damage, arguments, message, tmp_p
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before  # nothing changed, no folder made
 
 
-@pytest.mark.parametrize("arguments", ["--env-id CartPole-v1", "--demos README.md", "--num-trajectories 17", "--grad-penalty -1"])
-def test_bad_input_to_gail_too(arguments, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "script, arguments",
+    [
+        (gail_baseline, "--env-id CartPole-v1"),
+        (gail_baseline, "--demos README.md"),
+        (gail_baseline, "--num-trajectories 17"),
+        (gail_baseline, "--grad-penalty -1"),
+        (gail_baseline, "--batch-size 501 --buffer-size 500 --learning-starts 10 --total-timesteps 600"),
+        (sac_baseline, "--batch-size 501 --buffer-size 500 --learning-starts 10 --total-timesteps 600"),
+    ],
+)
+def test_bad_input_to_the_baselines_too(script, arguments, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
-        gail_baseline.main(tyro.cli(gail_baseline.Args, args=[*arguments.split(), "--output-dir", str(tmp_path / "runs")]))
+        script.main(tyro.cli(script.Args, args=[*arguments.split(), "--output-dir", str(tmp_path / "runs")]))
     assert exit_.value.code == 2 and capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
@@ -1536,6 +1547,29 @@ def test_behaviour_is_that_of_the_checkpoints_policy_and_of_its_demonstration(tm
         reward = rows[name].pop("surrogate_reward")
         assert rows[name] == pytest.approx(wanted, rel=1e-3)
         assert name == "policy" or reward == pytest.approx(expected_reward, rel=0.02)
+
+
+def test_gaits_without_noise_are_those_of_the_evaluations(tmp_path):
+    sizes = ["--total-timesteps", 300, "--learning-starts", 200, "--eval-every", 1000, "--sac-hidden-dim", 16, "--hidden-dim", 16]
+    assert run("diffail.py", "--env-id", "Hopper-v4", *sizes, "--compile", False, "--threads", 1, "--output-dir", tmp_path).returncode == 0
+    (run_dir,) = tmp_path.glob("Hopper*")
+    done = run("benchmark/gaits.py", run_dir, "--to", tmp_path / "out", "--variant", "tiny")
+    assert done.returncode == 0 and "noise 0: returns" in done.stdout and done.stderr == ""
+    with open(tmp_path / "out" / f"{run_dir.name}__tiny.csv", newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert [(row["noise"], row["seed"]) for row in rows] == [(share, seed) for share in (0, 0.5, 1) for seed in range(10)]
+    actor = diffail.Actor(11, 3, 16)
+    actor.load_state_dict(torch.load(run_dir / "policy.pt", weights_only=True)["actor"])
+    deterministic = [diffail.play_episode(actor, diffail.make_env("Hopper-v4"), seed) for seed in range(10)]
+    for row, episode in zip(rows, deterministic):
+        standing = np.abs(episode["observations"][:, 5]) < 0.5
+        assert row["return"] == pytest.approx(episode["rewards"].sum(), rel=1e-3) and row["length"] == len(standing)
+        assert row["standing_steps"] == standing.sum() and row["running_steps"] == 0 and math.isnan(row["running_reward"])
+        mean, log_std = actor(torch.from_numpy(episode["observations"][standing]))
+        policy = TransformedDistribution(Independent(Normal(mean, log_std.exp()), 1), [TanhTransform()])
+        entropy = -policy.log_prob(policy.sample((1000,))).mean().item()
+        assert row["standing_entropy"] == pytest.approx(entropy, abs=1.5) and row["standing_reward"] > 0
+    assert len({row["return"] for row in rows[10:]} & {row["return"] for row in rows[:10]}) == 0  # the noise does something
 
 
 def test_results_are_collected_as_a_run_goes_on_but_not_over_those_of_another_run(tmp_path):
