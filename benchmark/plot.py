@@ -22,13 +22,15 @@ import numpy as np
 matplotlib.use("agg")
 HERE = Path(__file__).parent
 # Okabe and Ito: for colour-blind readers too
-BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#555555"
+BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555"
 NAMES = {"diffail": "DiffAIL", "gail_baseline": "GAIL"}
+ONE_SET = "one-set"  # variant with the same hyperparameters for all robots, see results/README.md
+SUMMARIZED = {("diffail", ""): "DiffAIL", ("diffail", ONE_SET): "DiffAIL, one set", ("gail_baseline", ""): "GAIL"}  # script and variant
 ENVIRONMENTS = "HalfCheetah-v4", "Ant-v4", "Hopper-v4", "Walker2d-v4"
 TEMPERATURES = {"": "alpha fixed", "autotune": "--autotune"}
 TEMPERATURES |= {"autotune-until-225k": "--autotune, alpha fixed from 225k on"}
 TEMPERATURES |= {"autotune-0.3": "--autotune, target 0.3, and other changes"}
-STYLES = [(BLUE, "-"), (ORANGE, "--"), (PURPLE, "-."), (GREEN, (0, (5, 1, 1, 1, 1, 1))), (SKY, (0, (8, 2)))]
+STYLES = [(BLUE, "-"), (ORANGE, "--"), (PURPLE, "-."), (GREEN, (0, (5, 1, 1, 1, 1, 1))), (SKY, (0, (8, 2))), (YELLOW, (0, (2, 1)))]
 NAMED = {"env", "setting", "algorithm", "transitions"}  # columns that are no numbers
 ALIKE = 0.05  # an evaluation whose episodes' returns have a standard deviation below this part of the expert's return
 
@@ -146,22 +148,23 @@ def plot_returns(runs: list[Run], paper: dict, column: str, name: str):
 
 
 def plot_overview(panels: dict[tuple, list[Run]], paper: dict):
-    """All environments and settings with one trajectory: our runs with the defaults and the paper's, each in per cent of its own expert."""
+    """All environments and settings with one trajectory: our summarised runs and the paper's, each in per cent of its own expert."""
     figure, axes = plt.subplots(len(ENVIRONMENTS), 2, figsize=(9, 12), sharey=True, layout="constrained")
     for panel, (env_id, setting) in zip(axes.flat, itertools.product(ENVIRONMENTS, ("state-action", "state-only")), strict=True):
         panel.axhline(100, color="black", lw=1.2, label="expert")
         _, paper_expert = paper_curve(paper, env_id, setting, 1, "expert")
-        for (script, name), colour in zip(NAMES.items(), (BLUE, ORANGE), strict=True):
+        for name, colour in zip(NAMES.values(), (BLUE, ORANGE), strict=True):
             steps, returns = paper_curve(paper, env_id, setting, 1, name)
             if len(steps):
                 label = f"{name} in the paper, mean of 5 seeds, smoothed"
                 panel.plot(steps / 1000, 100 * returns / paper_expert[0], linestyle=":", color=colour, lw=1.6, alpha=0.8, label=label)
-            runs = [run for run in panels.get((env_id, setting, 1), ()) if run.script == script and run.variant == ""]
+        for (kind, label), (colour, line) in zip(SUMMARIZED.items(), ((BLUE, "-"), (GREEN, "--"), (ORANGE, "-")), strict=True):
+            runs = [run for run in panels.get((env_id, setting, 1), ()) if (run.script, run.variant) == kind]
             if runs:
                 n = min(len(run.columns["step"]) for run in runs)
                 shares = 100 * np.array([run.columns["mean_return"][:n] for run in runs]) / expert_return(env_id)
                 steps = runs[0].columns["step"][:n] / 1000
-                panel.plot(steps, shares.mean(0), color=colour, lw=2.2, label=f"{name} here")
+                panel.plot(steps, shares.mean(0), linestyle=line, color=colour, lw=2.2, label=f"{label}, here")
                 panel.fill_between(steps, shares.min(0), shares.max(0), color=colour, alpha=0.18, lw=0)
         panel.set(title=f"{env_id}, {setting}", ylim=(-30, 135))
     for panel in axes[-1]:
@@ -226,20 +229,21 @@ def best_and_final(returns: np.ndarray, expert: float) -> str:
 
 
 def summary(panels: dict[tuple, list[Run]], paper: dict) -> str:
-    """Markdown: best and final return of each run with the defaults, in per cent of the expert's, beside the paper's.
+    """Markdown: best and final return of each summarised run, in per cent of the expert's, beside the paper's.
 
     Of a run that was stopped it has the best return."""
-    head = ["environment, setting", *NAMES.values(), *(f"{name} in the paper" for name in NAMES.values())]
+    head = ["environment, setting", *SUMMARIZED.values(), *(f"{name} in the paper" for name in NAMES.values())]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for env_id, setting in itertools.product(ENVIRONMENTS, ("state-action", "state-only")):
         cell, ours, theirs = (env_id, setting, 1), [], []
-        for script, name in NAMES.items():
+        for kind in SUMMARIZED:
             texts = []
             for run in panels.get(cell, ()):
-                if run.script == script and run.variant == "":
+                if (run.script, run.variant) == kind:
                     text = best_and_final(run.columns["mean_return"], expert_return(env_id))
                     texts.append(text if run.finished else f"{text.split(',')[0]} until {run.columns['step'][-1] / 1000:.0f}k")
             ours.append("; ".join(texts))
+        for name in NAMES.values():
             returns, expert = (paper_curve(paper, *cell, algorithm)[1] for algorithm in (name, "expert"))
             theirs.append(best_and_final(returns, expert[0]) if len(returns) else "")
         lines.append(f"| {env_id}, {setting} | {' | '.join(ours + theirs)} |")
