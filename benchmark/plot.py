@@ -22,15 +22,14 @@ import numpy as np
 matplotlib.use("agg")
 HERE = Path(__file__).parent
 # Okabe and Ito: for colour-blind readers too
-BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555"
+BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555"
 NAMES = {"diffail": "DiffAIL", "gail_baseline": "GAIL"}
-ONE_SET = "one-set"  # variant with the same hyperparameters for all robots, see results/README.md
-SUMMARIZED = {("diffail", ""): "DiffAIL", ("diffail", ONE_SET): "DiffAIL, one set", ("gail_baseline", ""): "GAIL"}  # script and variant
+SUMMARIZED = {("diffail", ""): "DiffAIL", ("diffail", "one-set"): "DiffAIL, one set", ("gail_baseline", ""): "GAIL"}  # script and variant
 ENVIRONMENTS = "HalfCheetah-v4", "Ant-v4", "Hopper-v4", "Walker2d-v4"
 TEMPERATURES = {"": "alpha fixed", "autotune": "--autotune"}
 TEMPERATURES |= {"autotune-until-225k": "--autotune, alpha fixed from 225k on"}
 TEMPERATURES |= {"autotune-0.3": "--autotune, target 0.3, and other changes"}
-STYLES = [(BLUE, "-"), (ORANGE, "--"), (PURPLE, "-."), (GREEN, (0, (5, 1, 1, 1, 1, 1))), (SKY, (0, (8, 2))), (YELLOW, (0, (2, 1)))]
+STYLES = [(BLUE, "-"), (ORANGE, "--"), (PURPLE, "-."), (GREEN, (0, (5, 1, 1, 1, 1, 1))), (SKY, (0, (8, 2))), (AMBER, (0, (2, 1)))]
 NAMED = {"env", "setting", "algorithm", "transitions"}  # columns that are no numbers
 ALIKE = 0.05  # an evaluation whose episodes' returns have a standard deviation below this part of the expert's return
 
