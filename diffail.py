@@ -94,8 +94,8 @@ class Args:
     actor_lr: float = 3e-4  # Adam learning rate of the actor and of the temperature
     critic_lr: float = 3e-4  # Adam learning rate of the critics
     sac_beta1: float = 0.25  # Adam's beta_1 for actor, critics and temperature: the reward moves, so little momentum
-    alpha: float | None = None  # temperature, the weight of the entropy (with --autotune the first one); None: ALPHA_TIMES_DIM / dim(A)
-    autotune: bool = False  # tune alpha towards a target entropy, from --alpha on, in the released code from 0.2
+    alpha: float | None = None  # temperature, the weight of the entropy; with --autotune the most it may be; None: ALPHA_TIMES_DIM / dim(A)
+    autotune: bool = False  # tune alpha towards a target entropy, from --alpha downwards; released: from 0.2, without a bound
     target_entropy_per_dim: float = -0.5  # target entropy of --autotune per dimension of the action; released: -0.5, in effect 0.1 to 0.3
     actor_regularizer: float = 1e-3  # weight of mean^2 + log_std^2 in the actor's loss
 
@@ -379,7 +379,7 @@ class DiffAIL(nn.Module):
         rewards = args.reward_scale * self.reward(self.discriminator, x, noise, args.reward_form)
         losses |= self.descend(self.critic_optimizer, self.critic_loss, *batch, rewards, args.gamma)
         losses |= self.descend(self.actor_optimizer, self.actor_loss, batch[0])
-        self.log_alpha.data.clamp_(max=math.log(args.alpha))
+        self.log_alpha.data.clamp_(max=math.log(args.alpha))  # unbounded, its growth with the imitator's skill ends in a standstill
         polyak_update(self.target_critic, self.critic, args.tau)
         return losses | {"surrogate_reward": rewards.mean()}
 

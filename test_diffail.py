@@ -851,6 +851,16 @@ def test_optimizers_are_the_released_ones_and_alpha_follows_its_target_only_with
     assert (state["agent"]["log_alpha"].exp().item() == pytest.approx(0.12, rel=1e-6)) != autotune
 
 
+@pytest.mark.parametrize("script", [diffail, gail_baseline])
+def test_a_tuned_temperature_stays_at_most_at_alpha(script, tmp_path):
+    args = dict(**IMITATION, demos=corridor_demos(tmp_path / "d.npz"), total_timesteps=70, autotune=True, alpha=0.3)
+    for target, expected in {5.0: 0.3, -5.0: 0.3 * math.exp(-50 * 3e-4)}.items():  # Adam moves its logarithm by 3e-4 at each of 50 steps
+        script.main(script.Args(**args, target_entropy_per_dim=target, output_dir=tmp_path / str(target)))
+        (path,) = (tmp_path / str(target)).glob("*/checkpoint.pt")
+        alpha = torch.load(path, weights_only=True)["agent"]["log_alpha"].exp().item()
+        assert alpha == pytest.approx(expected, rel=1e-3)
+
+
 def test_a_return_below_zero_has_no_percentage():
     assert diffail.share_of_expert(3000.0, 4000.0) == "75.0 % of the expert's"
     assert diffail.share_of_expert(-360.0, -180.0) == "the expert's is -180.0"
