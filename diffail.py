@@ -312,7 +312,7 @@ def can_compile() -> bool:
 
 
 def compiled(function: Callable) -> Callable:
-    """`function` through torch.compile: a CPU's step gets a third shorter or more, SAC's a tenth (benchmark/results/speed__cpu.csv)."""
+    """`function` through torch.compile: on a CPU up to half off DiffAIL's step, a fifth off SAC's (benchmark/results/speed__cpu.csv)."""
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad too: a loss and its gradient become one program
     # Random numbers from PyTorch, not from the compiler: the same ones as uncompiled, and sooner drawn on a CPU.
     return torch.compile(function, options={"fallback_random": True})
