@@ -379,7 +379,7 @@ class DiffAIL(nn.Module):
         rewards = args.reward_scale * self.reward(self.discriminator, x, noise, args.reward_form)
         losses |= self.descend(self.critic_optimizer, self.critic_loss, *batch, rewards, args.gamma)
         losses |= self.descend(self.actor_optimizer, self.actor_loss, batch[0])
-        self.log_alpha.data.clamp_(max=math.log(args.alpha))  # unbounded, its growth with the imitator's skill ends in a standstill
+        self.log_alpha.data.clamp_(max=math.log(args.alpha))  # tuned without a bound, it grew until HalfCheetah stood still
         polyak_update(self.target_critic, self.critic, args.tau)
         return losses | {"surrogate_reward": rewards.mean()}
 
