@@ -46,6 +46,7 @@ import sys
 import sysconfig
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -107,7 +108,7 @@ class Args:
     output_dir: Path = Path("runs")  # folder of the run directories
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     threads: int = 2  # of PyTorch on the CPU: 2 for one run alone, up to a third faster than 1; for several side by side 1 each
-    compile: bool | None = None  # compile losses and gradients, which saves time from then on; None: on a CPU, if can_compile()
+    compile: bool | None = None  # compile losses and gradients, which saves time from then on; None: if can_compile()
 
 
 TOTAL_TIMESTEPS = {"Hopper": 750_000, "Walker2d": 750_000}  # as in the paper; for the others 500,000
@@ -256,6 +257,12 @@ class Actor(nn.Module):
         log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))
         return u.tanh(), (log_normal - log_det).sum(-1), mean, log_std
 
+    @torch.no_grad()
+    def act(self, observations: Tensor) -> Tensor:
+        """Actions as `sample` draws them, without the rest."""
+        mean, log_std = self(observations)
+        return (mean + log_std.exp() * torch.randn_like(mean)).tanh()
+
 
 class TwinCritic(nn.Module):
     """Two independent action values Q1(s, a) and Q2(s, a)."""
@@ -274,8 +281,7 @@ class TwinCritic(nn.Module):
 @torch.no_grad()
 def polyak_update(target: nn.Module, source: nn.Module, tau: float):
     """target <- (1 - tau) target + tau source, parameter by parameter."""
-    for target_parameter, parameter in zip(target.parameters(), source.parameters()):
-        target_parameter.lerp_(parameter, tau)
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)  # all of them in one call
 
 
 class ReplayBuffer:
@@ -304,7 +310,7 @@ class ReplayBuffer:
 
 
 def can_compile() -> bool:
-    """Whether there is what torch.compile needs on a CPU: a C++ compiler, g++ or the one that CXX names, and Python's headers.
+    """Whether there is what torch.compile needs: a C++ compiler, g++ or the one that CXX names, and Python's headers.
 
     Linux alone, as other systems' compilers often come without OpenMP."""
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
@@ -314,6 +320,7 @@ def can_compile() -> bool:
 def compiled(function: Callable) -> Callable:
     """`function` through torch.compile: on a CPU up to half off DiffAIL's step, a fifth off SAC's (benchmark/results/speed__cpu.csv)."""
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad too: a loss and its gradient become one program
+    warnings.filterwarnings("ignore", "TensorFloat32")  # on a GPU: float32 is meant, and in full
     # Random numbers from PyTorch, not from the compiler: the same ones as uncompiled, and sooner drawn on a CPU.
     return torch.compile(function, options={"fallback_random": True})
 
@@ -341,6 +348,7 @@ class DiffAIL(nn.Module):
         self.register_buffer("x_mean", torch.zeros(input_dim))
         self.register_buffer("x_std", torch.ones(input_dim))
         self.to(device)
+        self.side_stream = torch.cuda.Stream() if device.type == "cuda" else None
         self.gradients = compiled(gradients) if args.compile else gradients
         self.reward = compiled(DiffusionDiscriminator.surrogate_reward) if args.compile else DiffusionDiscriminator.surrogate_reward
         adam = partial(torch.optim.Adam, fused=True, capturable=True)  # capturable in a CUDA graph
@@ -369,18 +377,24 @@ class DiffAIL(nn.Module):
     def update(self, expert_x: Tensor, buffer: ReplayBuffer) -> dict[str, Tensor]:
         """One step on everything, with the expert's x [N, d]; returns scalars to log. Nothing in it waits for the GPU."""
         args = self.args
-        expert = expert_x[torch.randint(len(expert_x), (args.batch_size,), device=expert_x.device)]
-        policy = self.discriminator_input(*buffer.sample(args.batch_size))
-        losses = self.descend(self.discriminator_optimizer, self.discriminator_loss, expert, policy)
-        # A second minibatch, for SAC. Its rewards are those of the discriminator as it is now; none are stored.
+        # SAC's minibatch. Its rewards are those of the discriminator as it is now; none are stored.
         batch = buffer.sample(args.batch_size)
         x = self.discriminator_input(*batch)
         noise = torch.randn(args.diffusion_steps, *x.shape, device=x.device)
         rewards = args.reward_scale * self.reward(self.discriminator, x, noise, args.reward_form)
+        # Another minibatch, for the discriminator. From here on it and SAC need nothing of each other: a GPU does both at a time.
+        expert = expert_x[torch.randint(len(expert_x), (args.batch_size,), device=expert_x.device)]
+        policy = self.discriminator_input(*buffer.sample(args.batch_size))
+        if self.side_stream:
+            self.side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side_stream):  # on a CPU, which has none, as if this were not there
+            losses = self.descend(self.discriminator_optimizer, self.discriminator_loss, expert, policy)
         losses |= self.descend(self.critic_optimizer, self.critic_loss, *batch, rewards, args.gamma)
         losses |= self.descend(self.actor_optimizer, self.actor_loss, batch[0])
         self.log_alpha.data.clamp_(max=math.log(args.alpha))  # tuned without a bound, it grew until HalfCheetah stood still
         polyak_update(self.target_critic, self.critic, args.tau)
+        if self.side_stream:
+            torch.cuda.current_stream().wait_stream(self.side_stream)
         return losses | {"surrogate_reward": rewards.mean()}
 
     def descend(self, optimizer: torch.optim.Optimizer, loss_function: Callable, *batch: Tensor) -> dict[str, Tensor]:
@@ -437,22 +451,22 @@ class DiffAIL(nn.Module):
         return self.args.reward_scale * self.discriminator.surrogate_reward(x, noise, self.args.reward_form).sum().item()
 
 
-def graphed(update: Callable[[], dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """What `update` returns, time after time, on a GPU as one CUDA graph: a step is then one launch in place of hundreds.
+def graphed(function: Callable) -> Iterator:
+    """What `function` returns, time after time, on a GPU as one CUDA graph: an update is then one launch in place of hundreds.
 
     The first three run as they are, on a stream of their own: they load libraries and fill the optimisers. The fourth is captured."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     for _ in range(3):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            losses = update()
+            result = function()
         torch.cuda.current_stream().wait_stream(stream)
-        yield losses
+        yield result
     with torch.cuda.graph(graph):
-        losses = update()
+        result = function()
     while True:
         graph.replay()
-        yield losses
+        yield result
 
 
 # -------------------------------------------------------------------------------------------- environment and evaluation
@@ -484,12 +498,12 @@ def episode_seed(*key: int) -> int:
 
 def play_episode(actor: Actor, env: gym.Env, seed: int) -> dict[str, np.ndarray]:
     """One episode of the deterministic policy tanh(mean), as arrays named as in a demonstration file; actions in [-1, 1]."""
-    device = next(actor.parameters()).device
+    actor = copy.deepcopy(actor).cpu()  # for one observation at a time sooner than a GPU
     steps, done = [], False
     observation, _ = env.reset(seed=seed)
     while not done:
         with torch.no_grad():
-            action = actor(torch.from_numpy(observation).to(device))[0].tanh().cpu().numpy()
+            action = actor(torch.from_numpy(observation))[0].tanh().numpy()
         next_observation, reward, terminated, truncated, _ = env.step(action)
         steps.append((observation, action, next_observation, reward, terminated, truncated))
         observation, done = next_observation, terminated or truncated
@@ -683,7 +697,7 @@ def main(args: Args):
     if args.compile and not can_compile():
         fail("--compile True needs Linux, a C++ compiler, g++ or the one that CXX names, and Python's headers (python3-dev)")
     device = torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda")
-    args.compile = device.type == "cpu" and can_compile() if args.compile is None else args.compile
+    args.compile = can_compile() if args.compile is None else args.compile
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # dead units leave denormal moments in Adam; arithmetic on those is many times slower
     torch.manual_seed(args.seed)
@@ -699,9 +713,10 @@ def main(args: Args):
     agent = DiffAIL(observation_dim, action_dim, args, device)
     expert_x = agent.fit_normalizer(*(torch.from_numpy(array).to(device) for array in demos.values()))
     buffer = ReplayBuffer(args.buffer_size, (observation_dim, action_dim, observation_dim), device)
-    update = partial(agent.update, expert_x, buffer)
+    actor_input = torch.zeros(observation_dim, device=device)
+    act, update = partial(agent.actor.act, actor_input), partial(agent.update, expert_x, buffer)
     if device.type == "cuda":
-        update = partial(next, graphed(update))
+        act, update = partial(next, graphed(act)), partial(next, graphed(update))
     learned = {"agent": agent, "discriminator_optimizer": agent.discriminator_optimizer}
     learned |= {"critic_optimizer": agent.critic_optimizer, "actor_optimizer": agent.actor_optimizer}
 
@@ -750,8 +765,8 @@ def main(args: Args):
         if step <= args.learning_starts:
             action = (2 * torch.rand(action_dim) - 1).numpy()
         else:
-            with torch.no_grad():
-                action = agent.actor.sample(torch.from_numpy(observation).to(device))[0].cpu().numpy()
+            actor_input.copy_(torch.from_numpy(observation))
+            action = act().cpu().numpy()
             check_finite({"action": torch.from_numpy(action)}, step)
             losses = update()
             if step % 1_000 == 0:

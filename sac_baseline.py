@@ -35,6 +35,7 @@ import sys
 import sysconfig
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -83,7 +84,7 @@ class Args:
     output_dir: Path = Path("runs")  # folder of the run directories
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     threads: int = 2  # of PyTorch on the CPU: 2 for one run alone, up to a third faster than 1; for several side by side 1 each
-    compile: bool | None = None  # compile losses and gradients, which saves time from then on; None: on a CPU, if can_compile()
+    compile: bool | None = None  # compile losses and gradients, which saves time from then on; None: if can_compile()
 
 
 MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "compile", "checkpoint_every"}
@@ -122,6 +123,12 @@ class Actor(nn.Module):
         log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))
         return u.tanh(), (log_normal - log_det).sum(-1), mean, log_std
 
+    @torch.no_grad()
+    def act(self, observations: Tensor) -> Tensor:
+        """Actions as `sample` draws them, without the rest."""
+        mean, log_std = self(observations)
+        return (mean + log_std.exp() * torch.randn_like(mean)).tanh()
+
 
 class TwinCritic(nn.Module):
     """Two independent action values Q1(s, a) and Q2(s, a)."""
@@ -140,8 +147,7 @@ class TwinCritic(nn.Module):
 @torch.no_grad()
 def polyak_update(target: nn.Module, source: nn.Module, tau: float):
     """target <- (1 - tau) target + tau source, parameter by parameter."""
-    for target_parameter, parameter in zip(target.parameters(), source.parameters()):
-        target_parameter.lerp_(parameter, tau)
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)  # all of them in one call
 
 
 class ReplayBuffer:
@@ -167,7 +173,7 @@ class ReplayBuffer:
 
 
 def can_compile() -> bool:
-    """Whether there is what torch.compile needs on a CPU: a C++ compiler, g++ or the one that CXX names, and Python's headers.
+    """Whether there is what torch.compile needs: a C++ compiler, g++ or the one that CXX names, and Python's headers.
 
     Linux alone, as other systems' compilers often come without OpenMP."""
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
@@ -177,6 +183,7 @@ def can_compile() -> bool:
 def compiled(function: Callable) -> Callable:
     """`function` through torch.compile: on a CPU up to half off DiffAIL's step, a fifth off SAC's (benchmark/results/speed__cpu.csv)."""
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad too: a loss and its gradient become one program
+    warnings.filterwarnings("ignore", "TensorFloat32")  # on a GPU: float32 is meant, and in full
     # Random numbers from PyTorch, not from the compiler: the same ones as uncompiled, and sooner drawn on a CPU.
     return torch.compile(function, options={"fallback_random": True})
 
@@ -246,22 +253,22 @@ class SAC(nn.Module):
         return loss, {"actor_loss": pi_loss, "alpha": alpha, "entropy": -log_prob.mean()}
 
 
-def graphed(update: Callable[[], dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """What `update` returns, time after time, on a GPU as one CUDA graph: a step is then one launch in place of hundreds.
+def graphed(function: Callable) -> Iterator:
+    """What `function` returns, time after time, on a GPU as one CUDA graph: an update is then one launch in place of hundreds.
 
     The first three run as they are, on a stream of their own: they load libraries and fill the optimisers. The fourth is captured."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     for _ in range(3):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            losses = update()
+            result = function()
         torch.cuda.current_stream().wait_stream(stream)
-        yield losses
+        yield result
     with torch.cuda.graph(graph):
-        losses = update()
+        result = function()
     while True:
         graph.replay()
-        yield losses
+        yield result
 
 
 # -------------------------------------------------------------------------------------------- environment and evaluation
@@ -293,12 +300,12 @@ def episode_seed(*key: int) -> int:
 
 def play_episode(actor: Actor, env: gym.Env, seed: int) -> dict[str, np.ndarray]:
     """One episode of the deterministic policy tanh(mean), as arrays named as in a demonstration file; actions in [-1, 1]."""
-    device = next(actor.parameters()).device
+    actor = copy.deepcopy(actor).cpu()  # for one observation at a time sooner than a GPU
     steps, done = [], False
     observation, _ = env.reset(seed=seed)
     while not done:
         with torch.no_grad():
-            action = actor(torch.from_numpy(observation).to(device))[0].tanh().cpu().numpy()
+            action = actor(torch.from_numpy(observation))[0].tanh().numpy()
         next_observation, reward, terminated, truncated, _ = env.step(action)
         steps.append((observation, action, next_observation, reward, terminated, truncated))
         observation, done = next_observation, terminated or truncated
@@ -470,7 +477,7 @@ def main(args: Args):
     if args.compile and not can_compile():
         fail("--compile True needs Linux, a C++ compiler, g++ or the one that CXX names, and Python's headers (python3-dev)")
     device = torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda")
-    args.compile = device.type == "cpu" and can_compile() if args.compile is None else args.compile
+    args.compile = can_compile() if args.compile is None else args.compile
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # dead units leave denormal moments in Adam; arithmetic on those is many times slower
     torch.manual_seed(args.seed)
@@ -482,9 +489,10 @@ def main(args: Args):
     run_dir = args.output_dir / f"{args.env_id}__sac_baseline__s{args.seed}"
     agent = SAC(observation_dim, action_dim, args, device)
     buffer = ReplayBuffer(args.buffer_size, (observation_dim, action_dim, observation_dim, 1, 1), device)
-    update = partial(agent.update, buffer)
+    actor_input = torch.zeros(observation_dim, device=device)
+    act, update = partial(agent.actor.act, actor_input), partial(agent.update, buffer)
     if device.type == "cuda":
-        update = partial(next, graphed(update))
+        act, update = partial(next, graphed(act)), partial(next, graphed(update))
     learned = {"agent": agent, "critic_optimizer": agent.critic_optimizer, "actor_optimizer": agent.actor_optimizer}
 
     config, checkpoint_path = describe_run(args, device), run_dir / "checkpoint.pt"
@@ -538,8 +546,8 @@ def main(args: Args):
         if step <= args.learning_starts:
             action = (2 * torch.rand(action_dim) - 1).numpy()
         else:
-            with torch.no_grad():
-                action = agent.actor.sample(torch.from_numpy(observation).to(device))[0].cpu().numpy()
+            actor_input.copy_(torch.from_numpy(observation))
+            action = act().cpu().numpy()
             check_finite({"action": torch.from_numpy(action)}, step)
             losses = update()
             if step % 1_000 == 0:

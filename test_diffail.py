@@ -473,6 +473,18 @@ def plain_update(agent: diffail.DiffAIL, expert_x: torch.Tensor, buffer: diffail
         return [f"{module}.{name}" for name, _ in getattr(wide, module).named_parameters()]
 
     losses, updated = {}, {}
+    o, a, o_next, x = sample()
+    noise = randn(STEPS, batch, d)
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, STEPS, dtype=torch.float64), 0)
+    likeness = []
+    for t in range(STEPS):
+        x_t = alpha_bar[t].sqrt() * x + (1 - alpha_bar[t]).sqrt() * noise[t]
+        squared_error = (noise[t] - reference_prediction(wide.discriminator, x_t, torch.full((batch,), t, device=device))) ** 2
+        likeness.append(squared_error.mean(1) if args.reward_form == "paper" else torch.exp(-squared_error).mean(1))
+    likeness = torch.stack(likeness).mean(0)
+    rewards = -args.reward_scale * (1 - (torch.exp(-likeness) if args.reward_form == "paper" else likeness)).log().detach()
+    losses["surrogate_reward"], losses["alpha"] = rewards.mean(), wide.log_alpha.exp().detach()
+
     expert = expert_x[torch.randint(len(expert_x), (batch,), device=device)].double()
     policy = sample()[3]
     noise, t = randn(2 * batch, d), torch.randint(STEPS, (2 * batch,), device=device)
@@ -485,18 +497,6 @@ def plain_update(agent: diffail.DiffAIL, expert_x: torch.Tensor, buffer: diffail
     losses["grad_penalty"] = ((torch.autograd.grad(d_mixed.sum(), x, create_graph=True)[0].norm(dim=1) - 1) ** 2).mean()
     total = losses["disc_expert_loss"] + losses["disc_policy_loss"] + args.grad_penalty * losses["grad_penalty"]
     adam(agent.discriminator_optimizer, network("discriminator"), total)
-
-    o, a, o_next, x = sample()
-    noise = randn(STEPS, batch, d)
-    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, STEPS, dtype=torch.float64), 0)
-    likeness = []
-    for t in range(STEPS):
-        x_t = alpha_bar[t].sqrt() * x + (1 - alpha_bar[t]).sqrt() * noise[t]
-        squared_error = (noise[t] - reference_prediction(wide.discriminator, x_t, torch.full((batch,), t, device=device))) ** 2
-        likeness.append(squared_error.mean(1) if args.reward_form == "paper" else torch.exp(-squared_error).mean(1))
-    likeness = torch.stack(likeness).mean(0)
-    rewards = -args.reward_scale * (1 - (torch.exp(-likeness) if args.reward_form == "paper" else likeness)).log().detach()
-    losses["surrogate_reward"], losses["alpha"] = rewards.mean(), wide.log_alpha.exp().detach()
 
     def act(observations):
         mean, log_std = wide.actor(observations)
@@ -625,7 +625,7 @@ gym.register("Image-v0", entry_point=spaces_only(gym.spaces.Box(0, 255, (8, 8, 3
 gym.register("Unbounded-v0", entry_point=spaces_only(BOX, gym.spaces.Box(-np.inf, np.inf, (2,))))
 gym.register("Whole-v0", entry_point=spaces_only(BOX, gym.spaces.Box(0, 5, (2,), np.int64)))
 SMALL = dict(env_id="Corridor-v0", learning_starts=20, batch_size=64, buffer_size=500, sac_hidden_dim=8, eval_every=50, eval_episodes=2)
-SMALL |= dict(threads=1, compile=False)  # with two, networks this small would but wait, on a busy machine for long
+SMALL |= dict(device="cpu", threads=1, compile=False)  # with two, networks this small would but wait, on a busy machine for long
 IMITATION = SMALL | dict(hidden_dim=8, steps_after_termination=0)
 
 
@@ -790,7 +790,7 @@ def test_environments_differ_by_their_steps_hoppers_scaling_and_ants_reward_alon
         with pytest.raises(SystemExit):
             script.main(script.Args(env_id=env_id, **options))
     default = dataclasses.asdict(script.Args()) | {"env_id": env_id, "alpha": seen[0].alpha}  # alpha: of the dimensions of the action
-    default |= {"normalize": env_id == "Hopper-v4", "compile": script.can_compile() and not torch.cuda.is_available()}
+    default |= {"normalize": env_id == "Hopper-v4", "compile": script.can_compile()}
     default["reward_form"] = "paper" if script is diffail and env_id == "Ant-v4" else "released"
     assert dataclasses.asdict(seen[0]) == default | {"total_timesteps": steps}
     assert dataclasses.asdict(seen[1]) == default | {"total_timesteps": 9_000, "grad_penalty": 0.5}
@@ -809,11 +809,11 @@ def test_what_can_be_compiled_is_unless_told_otherwise(lacking, tmp_path, monkey
     monkeypatch.setattr(diffail, "compiled", lambda function: lambda *args: made.append(function) or function(*args))
     for option, expected in {None: lacking is None, False: False}.items():
         made, folder = [], tmp_path / str(option)
-        args = small_run(tmp_path, compile=option, device="cpu", output_dir=folder)[0]
+        args = small_run(tmp_path, compile=option, output_dir=folder)[0]
         diffail.main(args)
         (run_dir,) = folder.iterdir()
         assert bool(made) == expected == json.loads((run_dir / "config.json").read_text())["args"]["compile"]
-        other = small_run(tmp_path, compile=None if option is False else False, device="cpu", output_dir=folder, resume=True)[0]
+        other = small_run(tmp_path, compile=None if option is False else False, output_dir=folder, resume=True)[0]
         diffail.main(dataclasses.replace(other, total_timesteps=120))  # a run may go on where there is no compiler, or is one
 
 
@@ -1195,8 +1195,9 @@ def pendulum_demos(folder: Path) -> list:
     return [*small, "--demos", folder / "demos.npz", "--hidden-dim", 8]
 
 
-def test_stopped_and_resumed_is_bit_for_bit_the_uninterrupted_run(tmp_path):
-    flags = [*pendulum_demos(tmp_path), "--total-timesteps", 2000, "--checkpoint-every", 200, "--output-dir"]
+@pytest.mark.parametrize("device", DEVICES)
+def test_stopped_and_resumed_is_bit_for_bit_the_uninterrupted_run(device, tmp_path):
+    flags = [*pendulum_demos(tmp_path), "--device", device, "--total-timesteps", 2000, "--checkpoint-every", 200, "--output-dir"]
     assert run("diffail.py", *flags, tmp_path / "whole").returncode == 0
     (whole,) = (tmp_path / "whole").iterdir()
     stopped = tmp_path / "stopped" / whole.name

@@ -91,20 +91,22 @@ class Program:
         def sample():
             self.batch = buffer.sample(BATCH_SIZE)
 
+        actor_input = torch.zeros(o, device=device)
+        graphed = (lambda function: partial(next, module.graphed(function))) if device.type == "cuda" else lambda function: function
+        act_once, self.update = graphed(partial(agent.actor.act, actor_input)), graphed(partial(agent.update, *learner, buffer))
+
         def act():
-            with torch.no_grad():
-                self.action = agent.actor.sample(torch.from_numpy(observation).to(device))[0].cpu().numpy()
+            actor_input.copy_(torch.from_numpy(observation))
+            self.action = act_once().cpu().numpy()
 
         def environment():
             following, reward, terminated, _, _ = env.step(self.action)
             end = [np.array([reward]), np.array([terminated])] if script == "sac_baseline" else []
             buffer.add(observation, self.action, following, *end)
 
-        update = partial(agent.update, *learner, buffer)
-        self.update = partial(next, module.graphed(update)) if device.type == "cuda" else update
         torch.compiler.set_stance("force_eager")  # compiled code keeps its products to itself
         with RecordProducts() as products:
-            update()
+            agent.update(*learner, buffer)
         torch.compiler.set_stance("default")
         self.factors = [[matrix(*factor, device) for factor in pair] for pair in products.factors]
         sample()
@@ -165,18 +167,16 @@ def seconds_per_call(functions: dict, calls: int, device: torch.device) -> dict:
     return seconds
 
 
-def whole_program(script: str, options: dict, device: str, threads: int, steps: int = 200) -> dict[str, float]:
+def whole_program(script: str, options: dict, device: str, threads: int, steps: int = 200, barrier=None) -> dict[str, float]:
     """Seconds per learning step of `main`, over its last steps, and on a CPU how many of these are spent in its stages.
 
-    For a process of its own: it leaves the script with timers in it."""
+    For a process of its own: it leaves the script with timers in it. With a barrier, several begin these steps at the same time."""
     module, begins, in_stages = importlib.import_module(script), [], 0.0
     kind = agent_class(module)
 
-    def timed(function, counts=lambda *args: True):
+    def timed(function):
         def call(*args):
             nonlocal in_stages
-            if not counts(*args):
-                return function(*args)
             begin = time.perf_counter()
             result = function(*args)
             in_stages += time.perf_counter() - begin
@@ -194,6 +194,8 @@ def whole_program(script: str, options: dict, device: str, threads: int, steps: 
         step = timed(env.step)
 
         def marked_step(action):
+            if barrier and len(begins) == 349:
+                barrier.wait()
             begins.append((time.perf_counter(), in_stages))
             return step(action)
 
@@ -201,10 +203,8 @@ def whole_program(script: str, options: dict, device: str, threads: int, steps: 
         return env
 
     replaced = [(kind, "__init__", initialize), (module, "make_env", make_env)]
-    # To act is to sample for one observation; the losses sample for a batch of them.
-    replaced += [(module.Actor, "sample", timed(module.Actor.sample, lambda actor, observations: observations.dim() == 1))]
     buffer = module.ReplayBuffer
-    stages = (kind, "descend"), (buffer, "sample"), (buffer, "add"), (module, "polyak_update")
+    stages = (module.Actor, "act"), (kind, "descend"), (buffer, "sample"), (buffer, "add"), (module, "polyak_update")
     replaced += [(owner, name, timed(getattr(owner, name))) for owner, name in stages if hasattr(owner, name)]
     for owner, name, new in replaced:
         setattr(owner, name, new)
@@ -215,6 +215,15 @@ def whole_program(script: str, options: dict, device: str, threads: int, steps: 
             module.main(args)
     whole, in_stages = ((last - first) / steps for first, last in zip(begins[-1 - steps], begins[-1]))
     return {"whole program": whole} | ({"in its stages": in_stages} if device == "cpu" else {})
+
+
+def side_by_side(script: str, options: dict, device: str, processes: int) -> float:
+    """Steps per second of several runs on one GPU, all together; under NVIDIA's MPS, where that is running, their kernels overlap."""
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(processes, context) as pool:
+        barrier = manager.Barrier(processes)
+        runs = [pool.submit(whole_program, script, options, device, 1, 5_000, barrier) for _ in range(processes)]
+        return sum(1 / run.result()["whole program"] for run in runs)
 
 
 def whole_stable_baselines(device: str, threads: int, steps: int = 200) -> dict[str, float]:
@@ -255,9 +264,8 @@ def main():
     torch._dynamo.config.recompile_limit = 64  # all programs are in one process
     runs = {}
     for script, extra in {"diffail": {"state_only": True}, "gail_baseline": {"state_only": True}, "sac_baseline": {}}.items():
-        runs[f"{script}.py"] = script, extra | {"compile": device.type == "cpu"}
-        if device.type == "cpu":
-            runs[f"{script}.py --compile False"] = script, extra | {"compile": False}
+        runs[f"{script}.py"] = script, extra | {"compile": True}
+        runs[f"{script}.py --compile False"] = script, extra | {"compile": False}
     script, extra = runs["diffail.py"]
     runs["diffail.py --grad-penalty 0"] = script, extra | {"grad_penalty": 0.0}
     programs = {name: Program(script, device, **extra) for name, (script, extra) in runs.items()}
@@ -301,6 +309,10 @@ def main():
         for stage, value in {"step": sb3_step, "whole program": sb3_whole}.items():
             rows.append([options.device, threads, "Stable-Baselines3 SAC", stage, f"{value:.4f}"])
     print()
+    for processes in (1, 2, 4, 8, 16) if device.type == "cuda" else ():
+        rate = side_by_side(*runs["diffail.py"], options.device, processes)
+        rows.append([options.device, 1, f"diffail.py, {processes} processes", "whole program", f"{1e3 / rate:.4f}"])
+        print(f"diffail.py, {processes} processes at a time: {rate:.0f} steps per second in all", flush=True)
     for name, (script, extra) in runs.items():
         memory = peak_memory(script, options.device, extra)
         rows.append([options.device, 1, name, "peak memory MiB", f"{memory:.0f}"])
