@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -127,6 +127,8 @@ class Program:
         self.stages["critic"] = lambda: agent.descend(agent.critic_optimizer, agent.critic_loss, *self.batch[:3], rewards, args.gamma)
         self.stages["actor"] = lambda: agent.descend(agent.actor_optimizer, agent.actor_loss, self.batch[0])
         self.stages["target"] = lambda: module.polyak_update(agent.target_critic, agent.critic, args.tau)
+        for name in set(self.stages) - {"act"}:
+            self.stages[name] = graphed(self.stages[name])
         self.stages["environment"] = environment
 
     def step(self):
@@ -309,12 +311,13 @@ def main():
         for stage, value in {"step": sb3_step, "whole program": sb3_whole}.items():
             rows.append([options.device, threads, "Stable-Baselines3 SAC", stage, f"{value:.4f}"])
     print()
-    for processes in (1, 2, 4, 8, 16) if device.type == "cuda" else ():
+    for processes in (1, 8, 16) if device.type == "cuda" else ():
         rate = side_by_side(*runs["diffail.py"], options.device, processes)
         rows.append([options.device, 1, f"diffail.py, {processes} processes", "whole program", f"{1e3 / rate:.4f}"])
         print(f"diffail.py, {processes} processes at a time: {rate:.0f} steps per second in all", flush=True)
-    for name, (script, extra) in runs.items():
-        memory = peak_memory(script, options.device, extra)
+    with ThreadPoolExecutor() as pool:
+        peaks = pool.map(lambda run: peak_memory(run[0], options.device, run[1]), runs.values())
+    for name, memory in zip(runs, peaks):
         rows.append([options.device, 1, name, "peak memory MiB", f"{memory:.0f}"])
         print(f"{name:30}{memory:8.0f} MiB at most")
     if options.output:
