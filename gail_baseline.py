@@ -91,7 +91,7 @@ class Args:
     actor_lr: float = 3e-4  # Adam learning rate of the actor and of the temperature
     critic_lr: float = 3e-4  # Adam learning rate of the critics
     sac_beta1: float = 0.25  # Adam's beta_1 for actor, critics and temperature: the reward moves, so little momentum
-    alpha: float | None = None  # temperature, the weight of the entropy; with --autotune the most it may be; None: ALPHA_TIMES_DIM / dim(A)
+    alpha: float | None = None  # temperature; with --autotune the most it may be; None: 0.12 / dim(A)
     autotune: bool = False  # tune alpha towards a target entropy, from --alpha downwards; released: from 0.2, without a bound
     target_entropy_per_dim: float = -0.5  # target entropy of --autotune per dimension of the action; released: -0.5, in effect 0.1 to 0.3
     actor_regularizer: float = 1e-3  # weight of mean^2 + log_std^2 in the actor's loss
@@ -109,7 +109,6 @@ class Args:
 
 TOTAL_TIMESTEPS = {"Hopper": 750_000, "Walker2d": 750_000}  # as in the paper; for the others 500,000
 NORMALIZED = {"Hopper"}  # bodies whose x is scaled by default; found by experiment, see diffail.py's fit_normalizer
-ALPHA_TIMES_DIM = {"released": 0.12, "paper": 0.12}  # by --reward-form; the entropy grows with the dimensions, the reward does not
 MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "compile", "checkpoint_every"}
 TRAINING, EVALUATION = range(2)  # streams of episode seeds
 
@@ -319,7 +318,7 @@ class GAIL(nn.Module):
         parameters = optimizer.param_groups[0]["params"]
         grads, losses = self.gradients(loss_function, parameters, *batch)
         for parameter, grad in zip(parameters, grads):
-            parameter.grad = grad
+            parameter.grad = grad.contiguous()  # compiled, it may be part of a padded one, which the fused Adam would misread
         optimizer.step()
         return losses
 
@@ -617,7 +616,7 @@ def main(args: Args):
     torch.manual_seed(args.seed)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     (observation_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
-    args.alpha = args.alpha or ALPHA_TIMES_DIM[args.reward_form] / action_dim
+    args.alpha = args.alpha or 0.12 / action_dim
     demos_path = args.demos or Path(__file__).parent / "demos" / f"{args.env_id}.npz"
     demos, expert_return = load_demonstrations(demos_path, args.env_id, args.num_trajectories, env)
 

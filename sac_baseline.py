@@ -226,7 +226,7 @@ class SAC(nn.Module):
         parameters = optimizer.param_groups[0]["params"]
         grads, losses = self.gradients(loss_function, parameters, *batch)
         for parameter, grad in zip(parameters, grads):
-            parameter.grad = grad
+            parameter.grad = grad.contiguous()  # compiled, it may be part of a padded one, which the fused Adam would misread
         optimizer.step()
         return losses
 

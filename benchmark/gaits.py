@@ -19,13 +19,14 @@ NOISE, EPISODES = (0, 0.5, 1), 10
 STANDING, RUNNING = 0.5, 3.5  # m/s: slower than this, either way, and faster than this
 
 
-class Noisy:
+class Noisy(torch.nn.Module):
     """The actor with a share of its noise, in the form that diffail.play_episode takes: its mean is the noisy action before tanh."""
 
     def __init__(self, actor: diffail.Actor, share: float):
-        self.actor, self.share, self.parameters = actor, share, actor.parameters
+        super().__init__()
+        self.actor, self.share = actor, share
 
-    def __call__(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, log_std = self.actor(observations)
         return mean + self.share * log_std.exp() * torch.randn_like(mean), log_std
 

@@ -24,9 +24,10 @@ HERE = Path(__file__).parent
 # Okabe and Ito: for colour-blind readers too
 BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555"
 NAMES = {"diffail": "DiffAIL", "gail_baseline": "GAIL"}
-SUMMARIZED = {("diffail", ""): "DiffAIL", ("diffail", "one-set"): "DiffAIL, one set", ("gail_baseline", ""): "GAIL"}  # script and variant
+SUMMARIZED = {("diffail", ""): "DiffAIL", ("diffail", "penalty"): "DiffAIL, λ = 0.1", ("gail_baseline", ""): "GAIL"}  # script and variant
 ENVIRONMENTS = "HalfCheetah-v4", "Ant-v4", "Hopper-v4", "Walker2d-v4"
-TEMPERATURES = {"": "alpha fixed", "autotune": "--autotune"}
+TEMPERATURES = {"": "alpha fixed, no penalty", "penalty": "alpha fixed", "penalty-paper-reward": "alpha fixed, paper's reward"}
+TEMPERATURES |= {"autotune": "--autotune"}
 TEMPERATURES |= {"autotune-until-225k": "--autotune, alpha fixed from 225k on"}
 TEMPERATURES |= {"autotune-0.3": "--autotune, target 0.3, and other changes"}
 TEMPERATURES |= {"capped": "--autotune, alpha at most 0.06, no penalty"}

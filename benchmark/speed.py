@@ -73,8 +73,7 @@ class Program:
         env = module.make_env(ENV_ID)
         (o,), (a,) = env.observation_space.shape, env.action_space.shape
         if hasattr(args, "alpha"):  # as main does for HalfCheetah
-            args.reward_form = args.reward_form or "released"
-            args.alpha = module.ALPHA_TIMES_DIM[args.reward_form] / a
+            args.alpha = 0.12 / a
         agent = agent_class(module)(o, a, args, device)
         widths = (o, a, o, 1, 1) if script == "sac_baseline" else (o, a, o)
         buffer = module.ReplayBuffer(args.buffer_size, widths, device)
@@ -244,7 +243,7 @@ def peak_memory(script: str, device: str, options: dict) -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / f"{script}.py", "--env-id", ENV_ID, "--device", device, "--output-dir", folder]
         command += ["--state-only"] * options.get("state_only", False) + ["--compile", options["compile"]]
-        command += ["--grad-penalty", 0] * ("grad_penalty" in options)
+        command += ["--grad-penalty", options["grad_penalty"]] * ("grad_penalty" in options)
         command += ["--threads", "1", "--learning-starts", "300", "--total-timesteps", "400", "--eval-every", "1000"]
         process, peak = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
         while process.poll() is None:  # VmHWM is the peak so far; what wait4 reports has this process in it, from before the exec
@@ -269,7 +268,7 @@ def main():
         runs[f"{script}.py"] = script, extra | {"compile": True}
         runs[f"{script}.py --compile False"] = script, extra | {"compile": False}
     script, extra = runs["diffail.py"]
-    runs["diffail.py --grad-penalty 0"] = script, extra | {"grad_penalty": 0.0}
+    runs["diffail.py --grad-penalty 0.1"] = script, extra | {"grad_penalty": 0.1}
     programs = {name: Program(script, device, **extra) for name, (script, extra) in runs.items()}
     learn = stable_baselines(device)
 
