@@ -243,7 +243,7 @@ def peak_memory(script: str, device: str, options: dict) -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / f"{script}.py", "--env-id", ENV_ID, "--device", device, "--output-dir", folder]
         command += ["--state-only"] * options.get("state_only", False) + ["--compile", options["compile"]]
-        command += ["--grad-penalty", options["grad_penalty"]] * ("grad_penalty" in options)
+        command += ["--grad-penalty", options["grad_penalty"]] if "grad_penalty" in options else []
         command += ["--threads", "1", "--learning-starts", "300", "--total-timesteps", "400", "--eval-every", "1000"]
         process, peak = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
         while process.poll() is None:  # VmHWM is the peak so far; what wait4 reports has this process in it, from before the exec
