@@ -1737,7 +1737,7 @@ def test_the_results_in_the_readmes_are_those_of_the_files():
         for cell, value in ((best, max(value for _, value in evaluations)), (final, sum(last) / len(last))):
             assert cell == (f"{round(value)}, {round(100 * value / expert)} %" if finished or cell is not final else "")
         env_id, _, setting, _, _, *variant = name.split("__")
-        if variant in ([], ["one-set"]):
+        if variant in ([], ["penalty"]):
             (line,) = re.findall(rf"^\| {env_id}, {setting} \|(.*)\|$", summary, re.M)
             columns = (2, 4) if algorithm == "GAIL" else (len(variant), 3)
             ours, papers = (line.split("|")[i].strip() for i in columns)

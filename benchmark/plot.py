@@ -22,16 +22,19 @@ import numpy as np
 matplotlib.use("agg")
 HERE = Path(__file__).parent
 # Okabe and Ito: for colour-blind readers too
-BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555"
+BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
+GREY, BROWN = "#555555", "#6B4226"
 NAMES = {"diffail": "DiffAIL", "gail_baseline": "GAIL"}
 SUMMARIZED = {("diffail", ""): "DiffAIL", ("diffail", "penalty"): "DiffAIL, λ = 0.1", ("gail_baseline", ""): "GAIL"}  # script and variant
 ENVIRONMENTS = "HalfCheetah-v4", "Ant-v4", "Hopper-v4", "Walker2d-v4"
-TEMPERATURES = {"": "alpha fixed, no penalty", "penalty": "alpha fixed", "penalty-paper-reward": "alpha fixed, paper's reward"}
-TEMPERATURES |= {"autotune": "--autotune"}
-TEMPERATURES |= {"autotune-until-225k": "--autotune, alpha fixed from 225k on"}
-TEMPERATURES |= {"autotune-0.3": "--autotune, target 0.3, and other changes"}
-TEMPERATURES |= {"capped": "--autotune, alpha at most 0.06, no penalty"}
+TEMPERATURES = {"": "alpha fixed, λ = 0", "penalty": "alpha fixed, λ = 0.1", "penalty-paper-reward": "alpha fixed, λ = 0.1, paper's reward"}
+TUNED = {"autotune": "--autotune"}
+TUNED |= {"autotune-until-225k": "--autotune, alpha fixed from 225k on"}
+TUNED |= {"autotune-0.3": "--autotune, target 0.3, and other changes"}
+TUNED |= {"capped": "--autotune, alpha at most 0.06, λ = 0"}
+TEMPERATURES |= TUNED
 STYLES = [(BLUE, "-"), (ORANGE, "--"), (PURPLE, "-."), (GREEN, (0, (5, 1, 1, 1, 1, 1))), (SKY, (0, (8, 2))), (AMBER, (0, (2, 1)))]
+STYLES += [(BROWN, (0, (4, 1)))]
 NAMED = {"env", "setting", "algorithm", "transitions"}  # columns that are no numbers
 ALIKE = 0.05  # an evaluation whose episodes' returns have a standard deviation below this part of the expert's return
 
@@ -293,7 +296,7 @@ def main():
             plot_returns(explored, paper, "training_return", f"{name}__training")
         tuned = [run for run in (*members, *tried) if run.script == "diffail" and run.variant in TEMPERATURES]
         tuned = [run for run in tuned if (*run.cell, run.seed) == (env_id, setting, trajectories, 1)]
-        if len(tuned) > 1:
+        if any(run.variant in TUNED for run in tuned):
             plot_temperature(tuned, name)
         measured = [run for run in members if run.variant == "" and "reward_correlation" in run.columns]
         if len({run.script for run in measured}) == 2:
