@@ -12,9 +12,9 @@ Wang et al., "DiffAIL: Diffusion Adversarial Imitation Learning", AAAI 2024, arX
              or, as the paper prints it, with --reward-form paper, -log(1 - exp(-mean over t of L))
     max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_loss, actor_loss
 
-The losses take one random t and eps for each sample; only the reward averages over all t. The penalty is taken at random points between
-a sample of the expert's and one of the policy's. c is --reward-scale; alpha is constant, but with --autotune, when actor_loss tunes it.
-The actor's loss has a small regulariser besides, as in the released code.
+The losses take one random t and eps for each sample; only the reward averages over all t. The penalty, lambda being --grad-penalty, is
+off by default; it is taken at random points between a sample of the expert's and one of the policy's. c is --reward-scale; alpha is
+constant, but with --autotune, when actor_loss tunes it. The actor's loss has a small regulariser besides, as in the released code.
 
 The true reward is never learned from: it is not even stored. It is only logged and printed.
 
@@ -81,7 +81,7 @@ class Args:
     diffusion_steps: int = 10  # T
     noise_schedule: Literal["linear", "cosine", "vp"] = "linear"  # of the variances beta_1 ... beta_T
     grad_penalty: float = 0.0  # weight lambda of the gradient penalty; released: 0.1, for some environments less
-    reward_form: Literal["released", "paper"] = "released"  # D: mean of exp(-squared error), or exp(-mean of L), which is far smaller
+    reward_form: Literal["released", "paper"] = "released"  # D: mean of exp(-squared error), or exp(-mean of L), which is never greater
     reward_scale: float = 2.0  # factor on the surrogate reward
     discriminator_lr: float = 3e-5  # Adam learning rate of the discriminator
 
@@ -113,7 +113,7 @@ class Args:
 
 TOTAL_TIMESTEPS = {"Hopper": 750_000, "Walker2d": 750_000}  # as in the paper; for the others 500,000
 NORMALIZED = {"Hopper"}  # bodies whose x is scaled by default; found by experiment, see fit_normalizer
-ALPHA = {"Ant": 0.06}  # temperature, by default; found by experiment: with 0.12 / dim(A), as for all others, it does not pass its expert
+ALPHA = {"Ant": 0.06}  # temperature, by default; found by experiment: 0.12 / dim(A), which all others have, is too low for it
 MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "compile", "checkpoint_every"}
 TRAINING, EVALUATION = range(2)  # streams of episode seeds
 
