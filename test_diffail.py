@@ -349,6 +349,8 @@ def test_actor_log_prob_is_that_of_torch_distributions(scale):
     np.testing.assert_allclose(actions.detach(), transformed.detach(), rtol=1e-12)
     np.testing.assert_allclose(log_prob.detach(), expected.detach(), rtol=1e-9, atol=1e-9)
     assert torch.isfinite(log_prob).all()
+    torch.manual_seed(1)
+    np.testing.assert_array_equal(actor.act(observations), actions.detach())
     assert (log_std >= -20).all() and (log_std <= 2).all()
 
 
