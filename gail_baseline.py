@@ -46,6 +46,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -238,11 +239,12 @@ def can_compile() -> bool:
 
 
 def compiled(function: Callable) -> Callable:
-    """`function` through torch.compile: on a CPU up to half off DiffAIL's step, a fifth off SAC's (benchmark/results/speed__cpu.csv)."""
+    """`function` through torch.compile: two fifths off DiffAIL's step on a CPU, a fifth off SAC's (benchmark/results/speed__cpu.csv)."""
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad too: a loss and its gradient become one program
     warnings.filterwarnings("ignore", "TensorFloat32")  # on a GPU: float32 is meant, and in full
-    # Random numbers from PyTorch, not from the compiler: the same ones as uncompiled, and sooner drawn on a CPU.
-    return torch.compile(function, options={"fallback_random": True})
+    # Random numbers from PyTorch, not from the compiler: the same ones as uncompiled, and sooner drawn on a CPU. No padding of matrices
+    # on a GPU: whether to is decided by a measurement, so that two runs of one command would round differently.
+    return torch.compile(function, options={"fallback_random": True, "shape_padding": False})
 
 
 def gradients(loss_function: Callable, parameters: list[Tensor], *batch: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
@@ -298,13 +300,13 @@ class GAIL(nn.Module):
         x = self.discriminator_input(*batch)
         rewards = args.reward_scale * self.reward(self.discriminator, x, args.reward_form)
         # Another minibatch, for the discriminator. From here on it and SAC need nothing of each other: a GPU does both at a time,
-        # which takes a quarter off an H200's step in diffail.py. On a CPU the stream is None, as if it were not there.
+        # which takes a quarter off an H200's step in diffail.py.
         expert = expert_x[torch.randint(len(expert_x), (args.batch_size,), device=expert_x.device)]
         policy = self.discriminator_input(*buffer.sample(args.batch_size))
         side_stream = torch.cuda.Stream() if x.is_cuda else None
         if side_stream:
             side_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side_stream):
+        with torch.cuda.stream(side_stream) if side_stream else nullcontext():
             losses = self.descend(self.discriminator_optimizer, self.discriminator_loss, expert, policy)
         losses |= self.descend(self.critic_optimizer, self.critic_loss, *batch, rewards, args.gamma)
         losses |= self.descend(self.actor_optimizer, self.actor_loss, batch[0])
@@ -319,7 +321,7 @@ class GAIL(nn.Module):
         parameters = optimizer.param_groups[0]["params"]
         grads, losses = self.gradients(loss_function, parameters, *batch)
         for parameter, grad in zip(parameters, grads):
-            parameter.grad = grad.contiguous()  # compiled, it may be part of a padded one, which the fused Adam would misread
+            parameter.grad = grad.contiguous()  # compiled, it may have another layout, which the fused Adam refuses or misreads
         optimizer.step()
         return losses
 

@@ -181,11 +181,12 @@ def can_compile() -> bool:
 
 
 def compiled(function: Callable) -> Callable:
-    """`function` through torch.compile: on a CPU up to half off DiffAIL's step, a fifth off SAC's (benchmark/results/speed__cpu.csv)."""
+    """`function` through torch.compile: two fifths off DiffAIL's step on a CPU, a fifth off SAC's (benchmark/results/speed__cpu.csv)."""
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad too: a loss and its gradient become one program
     warnings.filterwarnings("ignore", "TensorFloat32")  # on a GPU: float32 is meant, and in full
-    # Random numbers from PyTorch, not from the compiler: the same ones as uncompiled, and sooner drawn on a CPU.
-    return torch.compile(function, options={"fallback_random": True})
+    # Random numbers from PyTorch, not from the compiler: the same ones as uncompiled, and sooner drawn on a CPU. No padding of matrices
+    # on a GPU: whether to is decided by a measurement, so that two runs of one command would round differently.
+    return torch.compile(function, options={"fallback_random": True, "shape_padding": False})
 
 
 def gradients(loss_function: Callable, parameters: list[Tensor], *batch: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
@@ -226,7 +227,7 @@ class SAC(nn.Module):
         parameters = optimizer.param_groups[0]["params"]
         grads, losses = self.gradients(loss_function, parameters, *batch)
         for parameter, grad in zip(parameters, grads):
-            parameter.grad = grad.contiguous()  # compiled, it may be part of a padded one, which the fused Adam would misread
+            parameter.grad = grad.contiguous()  # compiled, it may have another layout, which the fused Adam refuses or misreads
         optimizer.step()
         return losses
 

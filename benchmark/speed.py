@@ -222,7 +222,7 @@ def side_by_side(script: str, options: dict, device: str, processes: int) -> flo
     """Steps per second of several runs on one GPU, all together; under NVIDIA's MPS, where that is running, their kernels overlap."""
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(processes, context) as pool:
-        barrier = manager.Barrier(processes)
+        barrier = manager.Barrier(processes, timeout=600)
         runs = [pool.submit(whole_program, script, options, device, 1, 5_000, barrier) for _ in range(processes)]
         return sum(1 / run.result()["whole program"] for run in runs)
 
