@@ -1416,7 +1416,7 @@ def test_the_whole_pipeline_learns_the_inverted_pendulum(tmp_path):
 
 
 FAKE_ARGS = """
-import json, signal, sys, time
+import json, os, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import tyro
@@ -1442,6 +1442,7 @@ if __name__ == "__main__":
     setting = "state-only" if args.state_only else "state-action"
     with open(args.output_dir / "started", "a") as file:
         print(args.seed, setting, *sys.argv[sys.argv.index("--resume") :], file=file)
+    (args.output_dir / "gpus").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
     if args.seed == 2:
         raise SystemExit("seed 2 does not work")
     run_dir = args.output_dir / f"Hopper-v4__diffail__{setting}__1traj__s{args.seed}"
@@ -1474,6 +1475,9 @@ def test_a_grid_skips_what_is_finished_and_goes_on_past_a_failure(tmp_path):
 
     assert newly_started() == newly_started("--alpha", "0.02") == 0  # 100 steps and this alpha are the defaults
     assert newly_started("--total-timesteps=200") == newly_started("--alpha", "0.1") == 2
+    assert (runs / "gpus").read_text() == ""
+    assert run(*command, "--seeds", 4, "--gpus", 2).returncode == 0
+    assert (runs / "gpus").read_text() == "0,1"
 
 
 INTERRUPTED_SCRIPT = FAKE_ARGS + """

@@ -3,6 +3,7 @@
     pip install -r benchmark/requirements.txt
     python benchmark/run.py --env-ids HalfCheetah-v4 Hopper-v4 --seeds 1 2 3 --jobs 2
     python benchmark/run.py --scripts gail_baseline --settings state-action -- --total-timesteps 100000
+    python benchmark/run.py --jobs 8 --gpus 1
     python benchmark/run.py --cluster slurm --jobs 24
 
 What comes after `--` is handed to the scripts; where that makes other runs than before, give another --output-dir too. submitit starts
@@ -70,6 +71,7 @@ def main():
     parser.add_argument("--trajectories", nargs="+", type=int, default=[1])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs of each run; here all runs have the same ones, and with 0 they see none")
     parser.add_argument("--cluster", choices=["local", "slurm"], default="local")
     parser.add_argument("--hours", type=float, default=48, help="time limit of one run")
     parser.add_argument("--output-dir", type=Path, default=Path("runs"))
@@ -79,6 +81,8 @@ def main():
 
     executor = submitit.AutoExecutor(folder=options.output_dir / "logs", cluster=options.cluster)
     executor.update_parameters(timeout_min=int(60 * options.hours), cpus_per_task=1, name="diffail")
+    if options.gpus:
+        executor.update_parameters(gpus_per_node=options.gpus)
     grid = list(itertools.product(options.seeds, options.env_ids, options.settings, options.trajectories, options.scripts))
     waiting, running, failed = [], {}, []
     for seed, env_id, setting, trajectories, script in grid:
