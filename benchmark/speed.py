@@ -195,7 +195,7 @@ def whole_program(script: str, options: dict, device: str, threads: int, steps: 
         step = timed(env.step)
 
         def marked_step(action):
-            if barrier and len(begins) == 349:
+            if barrier and len(begins) == 349:  # the 300 random steps, and all but one of the 50 before the timed ones
                 barrier.wait()
             begins.append((time.perf_counter(), in_stages))
             return step(action)
