@@ -82,7 +82,7 @@ class Args:
     diffusion_steps: int = 10  # T
     noise_schedule: Literal["linear", "cosine", "vp"] = "linear"  # of the variances beta_1 ... beta_T
     grad_penalty: float = 0.0  # weight lambda of the gradient penalty; released: 0.1, for some environments less
-    reward_form: Literal["released", "paper"] = "released"  # D: mean of exp(-squared error), or exp(-mean of L): asks for less alpha
+    reward_form: Literal["released", "paper"] = "released"  # D: mean of exp(-squared error), or exp(-mean of L), with a lower --alpha
     reward_scale: float = 2.0  # factor on the surrogate reward
     discriminator_lr: float = 3e-5  # Adam learning rate of the discriminator
 
@@ -109,7 +109,7 @@ class Args:
     output_dir: Path = Path("runs")  # folder of the run directories
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     threads: int = 2  # of PyTorch on the CPU: 2 for one run alone, up to a third faster than 1; for several side by side 1 each
-    compile: bool | None = None  # compile losses and gradients, which saves time from then on; None: if can_compile()
+    compile: bool | None = None  # compile losses, gradients and reward: a slower start, faster steps; None: where a C++ compiler is
 
 
 TOTAL_TIMESTEPS = {"Hopper": 750_000, "Walker2d": 750_000}  # as in the paper; for the others 500,000
@@ -400,7 +400,7 @@ class DiffAIL(nn.Module):
         return losses | {"surrogate_reward": rewards.mean()}
 
     def descend(self, optimizer: torch.optim.Optimizer, loss_function: Callable, *batch: Tensor) -> dict[str, Tensor]:
-        """zero_grad, backward and step down loss_function(*batch)[0], for the optimiser's own parameters alone; returns scalars to log."""
+        """One step of the optimiser down loss_function(*batch)[0], on its own parameters alone; returns scalars to log."""
         parameters = optimizer.param_groups[0]["params"]
         grads, losses = self.gradients(loss_function, parameters, *batch)
         for parameter, grad in zip(parameters, grads):
@@ -500,7 +500,7 @@ def episode_seed(*key: int) -> int:
 
 def play_episode(actor: Actor, env: gym.Env, seed: int) -> dict[str, np.ndarray]:
     """One episode of the deterministic policy tanh(mean), as arrays named as in a demonstration file; actions in [-1, 1]."""
-    actor = copy.deepcopy(actor).cpu()  # for one observation at a time sooner than a GPU
+    actor = copy.deepcopy(actor).cpu()  # one observation at a time is faster there than on a GPU
     steps, done = [], False
     observation, _ = env.reset(seed=seed)
     while not done:
@@ -547,7 +547,7 @@ def write_evaluations(path: Path, evaluations: list[dict[str, float]]):
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """End the program with one line on what went wrong; exit code 2 for the user's input, files and disk."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)  # on a line of its own beside a progress bar
     raise SystemExit(code)
 
 
@@ -617,7 +617,7 @@ def check_finite(values: dict[str, Tensor], step: int):
 
 
 def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict) -> dict:
-    """Restore and return what main's checkpoint wrote; `config` gets back all but its arguments, with this resumption noted.
+    """Restore and return what main's checkpoint wrote; `config` becomes the run's first, with today's arguments and this resumption.
 
     Exits with code 2 where the file is damaged or was made with other arguments."""
     try:
@@ -634,8 +634,8 @@ def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dic
         torch.set_rng_state(state["rng"].cpu())
         if buffer.rows.is_cuda and state["device_rng"] is not None:  # a run that moved here from a CPU has none
             torch.cuda.set_rng_state(state["device_rng"].cpu())
-    except Exception:  # what a damaged archive raises is open-ended
-        fail(f"{path} is not a whole checkpoint of this script; it is left as it is")
+    except Exception as error:  # what a damaged archive raises is open-ended
+        fail(f"{path} cannot be read as a checkpoint of this script, and is left as it is: {type(error).__name__}")
     resumed = {"step": state["step"]} | {name: config[name] for name in ("command", "commit", "device", "versions")}
     config |= state["config"] | {"args": config["args"], "resumed": [*state["config"].get("resumed", []), resumed]}
     return state
@@ -645,7 +645,7 @@ def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym
     """Transitions [N, dim] of a file's first `num_trajectories` episodes, actions in [-1, 1], and the mean return of all its episodes.
 
     Exits with code 2 where the file is missing, broken, not finite, of another environment or its actions' bounds, or too short."""
-    obs_shape, action_space = env.observation_space.shape, env.unwrapped.action_space
+    obs_shape, action_space = env.observation_space.shape, env.env.action_space  # the environment's own, not yet rescaled
     try:
         with np.load(path, allow_pickle=False) as file:
             n = file["rewards"].size
@@ -674,10 +674,8 @@ def load_demonstrations(path: Path, env_id: str, num_trajectories: int, env: gym
     ends = np.flatnonzero(data["terminations"] | data["truncations"]) + 1
     if num_trajectories > len(ends):
         fail(f"{path} holds {len(ends)} episodes, --num-trajectories asks for {num_trajectories}")
-    scaled = 2 * (data["actions"] - action_space.low) / (action_space.high - action_space.low) - 1
-    data["actions"] = scaled.astype(np.float32)
-    names = ("observations", "actions", "next_observations")
-    return {name: data[name][: ends[num_trajectories - 1]] for name in names}, expert_return
+    data["actions"] = (2 * (data["actions"] - action_space.low) / (action_space.high - action_space.low) - 1).astype(np.float32)
+    return {name: data[name][: ends[num_trajectories - 1]] for name in ("observations", "actions", "next_observations")}, expert_return
 
 
 # -------------------------------------------------------------------------------------------------------------- training

@@ -6,6 +6,8 @@ Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.059
     J_pi = E[alpha log pi(a|s) - min Q(s, a)] with a = tanh(mean + std eps)             eq. 9     actor_loss
     J_alpha = E[-alpha (log pi(a|s) + target entropy)]                                  eq. 18    actor_loss
 
+gamma is 0 where the task ends. alpha is tuned, towards a target entropy of -dim(A).
+
     python sac_baseline.py --env-id HalfCheetah-v4
     python sac_baseline.py --env-id Pendulum-v1 --target-return -180 --save-demos demos/Pendulum-v1.npz
 """
@@ -84,7 +86,7 @@ class Args:
     output_dir: Path = Path("runs")  # folder of the run directories
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     threads: int = 2  # of PyTorch on the CPU: 2 for one run alone, up to a third faster than 1; for several side by side 1 each
-    compile: bool | None = None  # compile losses and gradients, which saves time from then on; None: if can_compile()
+    compile: bool | None = None  # compile losses and gradients: a slower start, faster steps; None: where a C++ compiler is
 
 
 MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "compile", "checkpoint_every"}
@@ -223,7 +225,7 @@ class SAC(nn.Module):
         return losses
 
     def descend(self, optimizer: torch.optim.Optimizer, loss_function: Callable, *batch: Tensor) -> dict[str, Tensor]:
-        """zero_grad, backward and step down loss_function(*batch)[0], for the optimiser's own parameters alone; returns scalars to log."""
+        """One step of the optimiser down loss_function(*batch)[0], on its own parameters alone; returns scalars to log."""
         parameters = optimizer.param_groups[0]["params"]
         grads, losses = self.gradients(loss_function, parameters, *batch)
         for parameter, grad in zip(parameters, grads):
@@ -301,7 +303,7 @@ def episode_seed(*key: int) -> int:
 
 def play_episode(actor: Actor, env: gym.Env, seed: int) -> dict[str, np.ndarray]:
     """One episode of the deterministic policy tanh(mean), as arrays named as in a demonstration file; actions in [-1, 1]."""
-    actor = copy.deepcopy(actor).cpu()  # for one observation at a time sooner than a GPU
+    actor = copy.deepcopy(actor).cpu()  # one observation at a time is faster there than on a GPU
     steps, done = [], False
     observation, _ = env.reset(seed=seed)
     while not done:
@@ -332,7 +334,7 @@ def write_evaluations(path: Path, evaluations: list[dict[str, float]]):
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """End the program with one line on what went wrong; exit code 2 for the user's input, files and disk."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)  # on a line of its own beside a progress bar
     raise SystemExit(code)
 
 
@@ -402,7 +404,7 @@ def check_finite(values: dict[str, Tensor], step: int):
 
 
 def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dict) -> dict:
-    """Restore and return what main's checkpoint wrote; `config` gets back all but its arguments, with this resumption noted.
+    """Restore and return what main's checkpoint wrote; `config` becomes the run's first, with today's arguments and this resumption.
 
     Exits with code 2 where the file is damaged or was made with other arguments."""
     try:
@@ -419,8 +421,8 @@ def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dic
         torch.set_rng_state(state["rng"].cpu())
         if buffer.rows.is_cuda and state["device_rng"] is not None:  # a run that moved here from a CPU has none
             torch.cuda.set_rng_state(state["device_rng"].cpu())
-    except Exception:  # what a damaged archive raises is open-ended
-        fail(f"{path} is not a whole checkpoint of this script; it is left as it is")
+    except Exception as error:  # what a damaged archive raises is open-ended
+        fail(f"{path} cannot be read as a checkpoint of this script, and is left as it is: {type(error).__name__}")
     resumed = {"step": state["step"]} | {name: config[name] for name in ("command", "commit", "device", "versions")}
     config |= state["config"] | {"args": config["args"], "resumed": [*state["config"].get("resumed", []), resumed]}
     return state
@@ -443,8 +445,7 @@ def record_demonstrations(path: Path, actor: Actor, env: gym.Env, args: Args, co
     seeds, episodes, tried = [], [], 0
     while len(episodes) < args.demo_episodes:
         if tried == 10 * args.demo_episodes:
-            print(f"{len(episodes)} of {tried} episodes reached --min-demo-return {args.min_demo_return}: nothing was recorded")
-            raise SystemExit(1)
+            fail(f"{len(episodes)} of {tried} episodes reached --min-demo-return {args.min_demo_return}: nothing was recorded", 1)
         seed = episode_seed(args.seed, DEMONSTRATION, tried)
         episode, tried = play_episode(actor, env, seed), tried + 1
         if args.min_demo_return is None or episode["rewards"].sum() >= args.min_demo_return:
@@ -482,10 +483,10 @@ def main(args: Args):
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # dead units leave denormal moments in Adam; arithmetic on those is many times slower
     torch.manual_seed(args.seed)
-    if args.save_demos:
-        check_new(args.save_demos)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     (observation_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
+    if args.save_demos:
+        check_new(args.save_demos)
 
     run_dir = args.output_dir / f"{args.env_id}__sac_baseline__s{args.seed}"
     agent = SAC(observation_dim, action_dim, args, device)
@@ -512,7 +513,7 @@ def main(args: Args):
         if start >= args.total_timesteps or reached:
             print(f"{run_dir} has finished its {start:,} steps already")
             if target is not None and not reached:
-                fail(f"no evaluation reached --target-return {target}: nothing was recorded", 1)
+                fail(f"the last evaluation did not reach --target-return {target}: nothing was recorded", 1)
             if args.save_demos:
                 record_demonstrations(args.save_demos, agent.actor, eval_env, args, config)
             return
@@ -600,11 +601,11 @@ def main(args: Args):
     write_file(run_dir / "config.json", lambda file: file.write(json.dumps(config | finished, indent=2).encode()))
     checkpoint(step)
     print(f"{run_dir}: {step:,} steps in {finished['wall_time_seconds'] / 60:.1f} minutes")
-    returns = np.array([row["mean_return"] for row in evaluations])
     if evaluations:
+        returns = np.array([row["mean_return"] for row in evaluations])
         print(f"best return {returns.max():.1f}, final return {returns[-5:].mean():.1f} (mean of the last {len(returns[-5:])} evaluations)")
-    if args.target_return is not None and not (returns[-1:] >= args.target_return).any():
-        fail(f"no evaluation reached --target-return {args.target_return}: nothing was recorded", 1)
+    if args.target_return is not None and not (evaluations and evaluations[-1]["mean_return"] >= args.target_return):
+        fail(f"the last evaluation did not reach --target-return {args.target_return}: nothing was recorded", 1)
     if args.save_demos:
         record_demonstrations(args.save_demos, agent.actor, eval_env, args, config)
 

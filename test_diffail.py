@@ -962,7 +962,7 @@ def test_failed_episodes_can_be_left_out(tmp_path, capsys):
     args.min_demo_return = 36
     with pytest.raises(SystemExit) as exit_:
         sac_baseline.record_demonstrations(tmp_path / "none.npz", actor, env, args, config)
-    assert exit_.value.code == 1 and "0 of 30 episodes reached" in capsys.readouterr().out and not (tmp_path / "none.npz").exists()
+    assert exit_.value.code == 1 and "0 of 30 episodes reached" in capsys.readouterr().err and not (tmp_path / "none.npz").exists()
 
 
 def test_an_expert_that_missed_its_target_is_not_recorded(tmp_path, capsys):
@@ -1088,12 +1088,13 @@ def test_bad_input_is_one_line_and_exit_code_2(damage, arguments, message, tmp_p
         (gail_baseline, "--grad-penalty -1"),
         (gail_baseline, "--batch-size 501 --buffer-size 500 --learning-starts 10 --total-timesteps 600"),
         (sac_baseline, "--batch-size 501 --buffer-size 500 --learning-starts 10 --total-timesteps 600"),
+        (sac_baseline, "--env-id NoSuch-v0 --save-demos {}/new/demos.npz"),
     ],
 )
 def test_bad_input_to_the_baselines_too(script, arguments, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
-        script.main(tyro.cli(script.Args, args=[*arguments.split(), "--output-dir", str(tmp_path / "runs")]))
-    assert exit_.value.code == 2 and capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "runs").exists()
+        script.main(tyro.cli(script.Args, args=[*arguments.format(tmp_path).split(), "--output-dir", str(tmp_path / "runs")]))
+    assert exit_.value.code == 2 and capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_a_message_of_several_lines_is_printed_as_one(capsys):
@@ -1275,6 +1276,15 @@ def test_a_checkpoint_that_is_not_one_is_one_line_and_left_as_it_is(tmp_path, ca
         message = capsys.readouterr().err
         assert exit_.value.code == 2 and str(path) in message and message.count("\n") == 1
         assert path.read_bytes() == content
+
+
+def test_what_keeps_a_checkpoint_from_being_read_is_said(tmp_path, capsys, monkeypatch):
+    args, path = small_run(tmp_path)
+    diffail.main(args)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: tmp_path.read_bytes())  # as where the file must not be read
+    with pytest.raises(SystemExit) as exit_:
+        diffail.main(small_run(tmp_path, resume=True, total_timesteps=200)[0])
+    assert exit_.value.code == 2 and "IsADirectoryError" in capsys.readouterr().err and path.exists()
 
 
 def test_no_file_can_run_code(tmp_path, capsys):
