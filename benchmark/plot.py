@@ -182,16 +182,18 @@ def plot_correlation(runs: list[Run], name: str):
     """How the surrogate return goes with the true one, over the episodes of each evaluation, and over the evaluations of each run."""
     figure, (within, across) = plt.subplots(2, figsize=(7, 9), layout="constrained")
     expert = expert_return(runs[0].env_id)
-    for run, (colour, _), marker in zip(runs, STYLES, "os^Dv", strict=False):
+    colours = {"diffail": iter((BLUE, SKY, PURPLE, GREEN)), "gail_baseline": iter((ORANGE, AMBER, BROWN))}  # a seed each
+    for run, marker in zip(runs, itertools.cycle("os^Dv"), strict=False):
+        colour = next(colours[run.script])
         steps, returns, stds, surrogate, correlation = (
             run.columns[column] for column in ("step", "mean_return", "std_return", "mean_surrogate_return", "reward_correlation")
         )
         differ = stds >= ALIKE * expert
         within.plot(steps[differ] / 1000, correlation[differ], marker, color=colour, ms=8)
         within.plot(steps[~differ] / 1000, correlation[~differ], marker, color=colour, ms=5, mfc="none", alpha=0.6)
-        label = f"{NAMES[run.script]}, seed {run.seed}: r = {np.corrcoef(surrogate, returns)[0, 1]:.2f}"
+        label = f"{NAMES[run.script]}, seed {run.seed}: r over evaluations = {np.corrcoef(surrogate, returns)[0, 1]:.2f}".replace("-", "−")
         across.plot(returns, (surrogate - surrogate.min()) / np.ptp(surrogate), marker, color=colour, ms=6, alpha=0.8, label=label)
-    within.plot([], [], "o", color=GREY, ms=5, mfc="none", label=f"hollow: returns differ by less than {100 * ALIKE:.0f} % of the expert's")
+    within.plot([], [], "o", color=GREY, ms=5, mfc="none", label=f"hollow: returns with std below {100 * ALIKE:.0f} % of the expert's")
     within.axhline(0, color="black", lw=0.8)
     within.set(xlabel="environment steps (thousands)", ylabel="r over an evaluation's episodes", ylim=(-1.05, 1.05), title=title(runs[0]))
     across.set(xlabel="mean return of an evaluation", ylabel="mean surrogate return,\nscaled to 0 … 1")
@@ -303,7 +305,8 @@ def main():
             plot_correlation(measured, name)
     for path in sorted((HERE / "results" / "reward_by_velocity").glob("*.csv")):
         plot_reward_by_velocity(path)
-    print(summary(panels, paper), table(runs, paper), sep="\n\n")
+    defaults, variants = ([run for run in runs if bool(run.variant) == varied] for varied in (False, True))
+    print(summary(panels, paper), table(defaults, paper), table(variants, paper), sep="\n\n")
 
 
 if __name__ == "__main__":
