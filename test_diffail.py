@@ -1597,6 +1597,30 @@ def test_behaviour_is_that_of_the_checkpoints_policy_and_of_its_demonstration(tm
         assert name == "policy" or reward == pytest.approx(expected_reward, rel=0.02)
 
 
+def test_coordinates_are_those_of_the_policy_and_of_the_demonstration(tmp_path):
+    sizes = ["--total-timesteps", 300, "--learning-starts", 200, "--eval-every", 1000, "--sac-hidden-dim", 16, "--hidden-dim", 16]
+    assert run("diffail.py", "--env-id", "Hopper-v4", *sizes, "--compile", False, "--threads", 1, "--output-dir", tmp_path).returncode == 0
+    (run_dir,) = tmp_path.glob("Hopper*")
+    done = run("benchmark/coordinates.py", run_dir, "--to", tmp_path / "out", "--variant", "tiny")
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "out" / f"{run_dir.name}__tiny.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["coordinate"] for row in rows] == 2 * ([f"s[{i}]" for i in range(11)] + ["a[0]", "a[1]", "a[2]"])
+    demonstration = [row for row in rows if row["transitions"] == "demonstration"]
+    assert all(abs(float(row["mean"])) < 1e-3 and float(row["std"]) == pytest.approx(1, abs=1e-3) for row in demonstration)
+    actor = diffail.Actor(11, 3, 16)
+    actor.load_state_dict(torch.load(run_dir / "policy.pt", weights_only=True)["actor"])
+    with np.load(HERE / "demos" / "Hopper-v4.npz") as file:
+        velocity = file["observations"][: 1 + np.flatnonzero(file["terminations"] | file["truncations"])[0], 5]
+    played = [diffail.play_episode(actor, diffail.make_env("Hopper-v4"), seed)["observations"][:, 5] for seed in range(10)]
+    expected = (np.concatenate(played) - velocity.mean()) / velocity.std(ddof=1)
+    assert float(rows[5]["mean"]) == pytest.approx(expected.mean(), rel=1e-3)
+    assert float(rows[5]["std"]) == pytest.approx(expected.std(ddof=1), rel=1e-3)
+    for name in ("policy", "demonstration"):
+        shares = {row["coordinate"]: (float(row["d"]), float(row["squared_error"])) for row in rows if row["transitions"] == name}
+        assert all(0 < math.exp(-error) <= d < 1 for d, error in shares.values())  # Jensen, coordinate by coordinate
+
+
 def test_gaits_without_noise_are_those_of_the_evaluations(tmp_path):
     sizes = ["--total-timesteps", 300, "--learning-starts", 200, "--eval-every", 1000, "--sac-hidden-dim", 16, "--hidden-dim", 16]
     assert run("diffail.py", "--env-id", "Hopper-v4", *sizes, "--compile", False, "--threads", 1, "--output-dir", tmp_path).returncode == 0
