@@ -330,7 +330,7 @@ class GAIL(nn.Module):
         expert_loss, policy_loss = self.discriminator.adversarial_loss(expert, policy)
         loss = (expert_loss + policy_loss) / 2  # the mean over all samples, which the released lambda goes with
         losses = {"disc_expert_loss": expert_loss, "disc_policy_loss": policy_loss}
-        if self.args.grad_penalty > 0:
+        if self.args.grad_penalty:
             mix = torch.rand(len(expert), 1, device=expert.device)
             penalty = self.discriminator.gradient_penalty(expert, policy, mix)
             loss, losses["grad_penalty"] = loss + self.args.grad_penalty * penalty, penalty
