@@ -112,6 +112,12 @@ def groups(runs: list[Run]) -> dict[str, list[Run]]:
     return labelled
 
 
+def drawn(runs: list[Run]) -> list[Run]:
+    """Without runs that were stopped where another of their script and variant has finished: a mean ends where its shortest run does."""
+    finished = {(run.script, run.variant) for run in runs if run.finished}
+    return [run for run in runs if run.finished or (run.script, run.variant) not in finished]
+
+
 def finish(figure: plt.Figure, panels: list[plt.Axes], name: str):
     """Legend, frame, grid, and the file."""
     for axes in panels:
@@ -285,8 +291,9 @@ def main():
     for run in runs:
         panels[run.cell].append(run)
     (HERE / "figures").mkdir(exist_ok=True)
-    plot_overview(panels, paper)
+    plot_overview({cell: drawn(members) for cell, members in panels.items()}, paper)
     for (env_id, setting, trajectories), members in panels.items():
+        members = drawn(members)
         name = f"{env_id}__{setting}__{trajectories}traj"
         defaults = [run for run in members if run.variant == ""]
         if defaults:
