@@ -12,9 +12,10 @@ Wang et al., "DiffAIL: Diffusion Adversarial Imitation Learning", AAAI 2024, arX
              or, as the paper prints it, with --reward-form paper, -log(1 - exp(-mean over t of L))
     max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_loss, actor_loss
 
-The losses take one random t and eps for each sample; only the reward averages over all t. The penalty, lambda being --grad-penalty, is
-taken at random points between a sample of the expert's and one of the policy's; it is the default for Hopper alone. c is --reward-scale;
-alpha is constant, but with --autotune, when actor_loss tunes it. The actor's loss has a small regulariser, as in the released code.
+The policy's samples are the replay buffer's. The losses take one random t and eps for each sample; only the reward averages over all t.
+The penalty, lambda being --grad-penalty, is taken at random points between a sample of the expert's and one of the policy's; it is the
+default for Hopper alone. c is --reward-scale; alpha is constant, unless --autotune has actor_loss tune it. The actor's loss has a small
+regulariser, as in the released code.
 
 The true reward is never learned from: it is not even stored. It is only logged and printed.
 
@@ -82,7 +83,7 @@ class Args:
     diffusion_steps: int = 10  # T
     noise_schedule: Literal["linear", "cosine", "vp"] = "linear"  # of the variances beta_1 ... beta_T
     grad_penalty: float | None = None  # weight lambda of the gradient penalty; None: 0, for Hopper 0.03; released: 0.1, for some less
-    reward_form: Literal["released", "paper"] = "released"  # D: mean of exp(-squared error), or exp(-mean of L), with a lower --alpha
+    reward_form: Literal["released", "paper"] = "released"  # D: mean of exp(-squared error), or exp(-mean L), which needs a lower --alpha
     reward_scale: float = 2.0  # factor on the surrogate reward
     discriminator_lr: float = 3e-5  # Adam learning rate of the discriminator
 
@@ -162,7 +163,7 @@ class NoisePredictor(nn.Module):
         embedding = self.time_out(mish(self.time_in(self.time_embedding[t])))
         h = torch.cat([x_t, embedding.expand(*x_t.shape[:-1], 16)], dim=-1)
         for layer in self.hidden:
-            # layer(h), but with the bias apart: addmm would first copy it to all rows, 5 % of the reward's time (benchmark/README.md)
+            # layer(h), but with the bias apart: addmm would first copy it to all rows, 3 to 7 % of the reward's time (benchmark/README.md)
             h = mish(F.linear(h, layer.weight) + layer.bias)
         return self.out(h)
 
@@ -445,7 +446,7 @@ class DiffAIL(nn.Module):
         return loss, {"actor_loss": pi_loss, "alpha": alpha, "entropy": -log_prob.mean()}
 
     def surrogate_return(self, episode: dict[str, np.ndarray]) -> float:
-        """Sum of an episode's surrogate rewards, times --reward-scale, with noise from a generator of its own, seeded alike for all."""
+        """Sum of an episode's surrogate rewards, times --reward-scale, with noise from a generator of its own, seeded alike each time."""
         parts = (torch.from_numpy(episode[name]).to(self.log_alpha.device) for name in ("observations", "actions", "next_observations"))
         x = self.discriminator_input(*parts)
         generator = torch.Generator(x.device).manual_seed(0)

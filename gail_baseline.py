@@ -11,7 +11,7 @@ is scaled by the expert's mean and std.
              or, as in the paper, -log(1 - D(x)), by --reward-form paper
     max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_loss, actor_loss
 
-c is --reward-scale; alpha is constant, but with --autotune, when actor_loss tunes it. The actor's loss has a small regulariser besides.
+c is --reward-scale; alpha is constant, unless --autotune has actor_loss tune it. The actor's loss has a small regulariser besides.
 
 `diff gail_baseline.py diffail.py` shows what DiffAIL changes: discriminator, reward, and their hyperparameters. The discriminator's here
 are those of DiffAIL's authors for GAIL; SAC's are those of diffail.py, but that alpha is 0.12 / dim(A) for all robots.
