@@ -1655,6 +1655,30 @@ def test_gaits_without_noise_are_those_of_the_evaluations(tmp_path):
     assert len({row["return"] for row in rows[10:]} & {row["return"] for row in rows[:10]}) == 0  # the noise does something
 
 
+def test_values_are_counted_by_steps_after_a_fall(tmp_path):
+    sizes = ["--total-timesteps", 1000, "--learning-starts", 700, "--eval-every", 10_000, "--sac-hidden-dim", 16, "--hidden-dim", 16]
+    sizes += ["--steps-after-termination", 50, "--compile", False, "--threads", 1, "--output-dir", tmp_path]
+    assert run("diffail.py", "--env-id", "Hopper-v4", *sizes).returncode == 0
+    (run_dir,) = tmp_path.glob("Hopper*")
+    done = run("benchmark/values.py", run_dir, "--to", tmp_path / "out", "--variant", "tiny")
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "out" / f"{run_dir.name}__tiny.csv", newline="") as file:
+        found = {row["kind"]: row for row in csv.DictReader(file) if row["transitions"] == "all"}
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    kinds, lengths = [], np.diff(np.flatnonzero(state["rows"][:, 25]), prepend=-1)  # random policies fall long before the time limit
+    for length in lengths:
+        kinds += [-1] * (length - 50) + [i // 20 for i in range(50)]
+    kinds = np.array(kinds + [-1] * (1000 - len(kinds)))
+    critic = diffail.TwinCritic(11, 3, 16)
+    critic.load_state_dict({name[7:]: value for name, value in state["agent"].items() if name.startswith("critic.")})
+    for place, name in enumerate(["before a fall", "1 to 20 steps after", "21 to 40 steps after", "41 to 60 steps after"], -1):
+        observations, actions, _, _ = state["rows"][torch.from_numpy(kinds == place)].split((11, 3, 11, 1), 1)
+        assert int(found[name]["number"]) == len(observations) > 20 and float(found[name]["reward"]) > 0
+        stored = torch.min(*critic(observations, actions)).mean().item()  # other actions than the policy's, by a young critic
+        assert float(found[name]["value"]) == pytest.approx(stored, abs=0.5)
+    assert len(found) == 4 and len({row["value"] for row in found.values()}) == 4
+
+
 def test_results_are_collected_as_a_run_goes_on_but_not_over_those_of_another_run(tmp_path):
     run_dir, to = tmp_path / "Pendulum-v1__sac_baseline__s1", tmp_path / "results"
     with SummaryWriter(run_dir) as writer:

@@ -1,0 +1,59 @@
+"""What a DiffAIL run's critics think of the states before and after a fall, over its replay buffer.
+
+    python benchmark/values.py runs/Hopper-v4__diffail__state-action__1traj__s1
+
+Writes benchmark/results/values/NAME.csv, or NAME__VARIANT.csv: of transitions before a fall and of those after one, by how many steps
+after, over the whole replay buffer and over its last 25,000 transitions, the mean surrogate reward c R and the means of min(Q1, Q2) for an
+action of the policy's. A state that a robot never leaves again is worth about its reward divided by 1 - gamma. After a fall is what comes
+between a termination and the cut of the episode; where the time limit comes first, all counts as before.
+"""
+import argparse
+import csv
+from pathlib import Path
+
+import torch
+from reward_by_velocity import ROOT, load_run
+
+SAMPLES = 4_000  # at most, of each kind of transition
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--to", type=Path, default=ROOT / "benchmark" / "results" / "values", help="folder to write to")
+    parser.add_argument("--variant", help="in a word or two, what was not the default")
+    options = parser.parse_args()
+    state, agent, env, _ = load_run(options.run_dir)
+    (o,), (a,), args = env.observation_space.shape, env.action_space.shape, agent.args
+    rows = state["rows"].roll(-state["position"], 0)  # from the oldest to the newest, in a full ring buffer too
+    *transitions, cut = rows.split((o, a, o, 1), dim=1)
+    steps, after = args.steps_after_termination, torch.zeros(len(rows), dtype=torch.int64)
+    for end in cut[:, 0].nonzero()[:, 0].tolist():
+        begin = max(0, end + 1 - steps)
+        after[begin : end + 1] = torch.arange(steps + begin - end, steps + 1)
+    kinds = {"before a fall": after == 0}
+    kinds |= {f"{low + 1} to {low + 20} steps after": (low < after) & (after <= low + 20) for low in range(0, steps, 20)}
+    generator, table = torch.Generator().manual_seed(0), [["step", "transitions", "kind", "number", "reward", "value"]]
+    torch.manual_seed(0)  # for the policy's actions
+    for name, since in {"all": 0, "last 25,000": max(0, len(rows) - 25_000)}.items():
+        for kind, chosen in kinds.items():
+            places = since + chosen[since:].nonzero()[:, 0]
+            if len(places) < 20:
+                continue
+            sample = places[torch.randperm(len(places), generator=generator)[:SAMPLES]]
+            observations, *rest = (part[sample] for part in transitions)
+            x = agent.discriminator_input(observations, *rest)
+            noise = torch.randn(args.diffusion_steps, *x.shape, generator=generator)
+            reward = args.reward_scale * agent.discriminator.surrogate_reward(x, noise, args.reward_form).mean()
+            value = torch.min(*agent.critic(observations, agent.actor.act(observations))).mean()
+            table.append([state["step"], name, kind, len(places), f"{reward:.4g}", f"{value:.4g}"])
+    path = options.to / (options.run_dir.name + (f"__{options.variant}" if options.variant else "") + ".csv")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(table)
+    print(f"{path}, at step {state['step']:,}")
+
+
+if __name__ == "__main__":
+    main()
