@@ -380,24 +380,20 @@ class DiffAIL(nn.Module):
         """One step on everything, with the expert's x [N, d]; returns scalars to log. Nothing in it waits for the GPU."""
         args = self.args
         # SAC's minibatch. Its rewards are those of the discriminator as it is now; none are stored.
-        *batch, cut = buffer.sample(args.batch_size)
+        batch = buffer.sample(args.batch_size)
         x = self.discriminator_input(*batch)
         noise = torch.randn(args.diffusion_steps, *x.shape, device=x.device)
         rewards = args.reward_scale * self.reward(self.discriminator, x, noise, args.reward_form)
         # Another minibatch, for the discriminator. From here on it and SAC need nothing of each other: a GPU does both at a time,
         # which takes a quarter off an H200's step, with the penalty.
         expert = expert_x[torch.randint(len(expert_x), (args.batch_size,), device=expert_x.device)]
-        policy = self.discriminator_input(*buffer.sample(args.batch_size)[:3])
+        policy = self.discriminator_input(*buffer.sample(args.batch_size))
         side_stream = torch.cuda.Stream() if x.is_cuda else None
         if side_stream:
             side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream) if side_stream else nullcontext():
             losses = self.descend(self.discriminator_optimizer, self.discriminator_loss, expert, policy)
-        # Where an episode was cut after a fall, its last reward goes on for ever, as in an absorbing state (Kostrikov et al. 2019).
-        # Nothing follows that state in the buffer, so a value bootstrapped from it is held by nothing, and falling seemed to pay.
-        cut = cut.squeeze(-1)
-        returns, discount = rewards / (1 - args.gamma * cut), args.gamma * (1 - cut)
-        losses |= self.descend(self.critic_optimizer, self.critic_loss, *batch, returns, discount)
+        losses |= self.descend(self.critic_optimizer, self.critic_loss, *batch, rewards, args.gamma)
         losses |= self.descend(self.actor_optimizer, self.actor_loss, batch[0])
         self.log_alpha.data.clamp_(max=math.log(args.alpha))  # tuned without a bound, it grew until HalfCheetah stood still
         polyak_update(self.target_critic, self.critic, args.tau)
@@ -426,9 +422,9 @@ class DiffAIL(nn.Module):
         return loss, losses
 
     def critic_loss(
-        self, observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor
+        self, observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Soft Bellman error of both critics (SAC, eq. 5), for rewards and discounts [B], these 0 where nothing is bootstrapped."""
+        """Soft Bellman error of both critics (SAC, eq. 5), for rewards [B] and a discount, a number or [B] with 0 where the task ends."""
         with torch.no_grad():
             next_actions, next_log_prob, _, _ = self.actor.sample(next_observations)
             next_value = torch.min(*self.target_critic(next_observations, next_actions)) - self.log_alpha.exp() * next_log_prob
@@ -561,7 +557,7 @@ def check_numbers(args: Args):
     """Exit with code 2 where a number, of any of the three scripts, is out of range: counts begin at 1, most others at 0, some end at 1."""
     least = {"seed": 0, "steps_after_termination": 0, "alpha": 1e-6}
     least |= dict.fromkeys(["target_return", "min_demo_return", "target_entropy_per_dim"], -math.inf)
-    most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 0.9999, "tau": 1, "sac_beta1": 0.999}
+    most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 1, "tau": 1, "sac_beta1": 0.999}
     for name, value in vars(args).items():
         if type(value) in (int, float):
             low, high = least.get(name, 1 if type(value) is int else 0), most.get(name, math.inf)
@@ -718,7 +714,7 @@ def main(args: Args):
 
     agent = DiffAIL(observation_dim, action_dim, args, device)
     expert_x = agent.fit_normalizer(*(torch.from_numpy(array).to(device) for array in demos.values()))
-    buffer = ReplayBuffer(args.buffer_size, (observation_dim, action_dim, observation_dim, 1), device)
+    buffer = ReplayBuffer(args.buffer_size, (observation_dim, action_dim, observation_dim), device)
     actor_input = torch.zeros(observation_dim, device=device)
     act, update = partial(agent.actor.act, actor_input), partial(agent.update, expert_x, buffer)
     if device.type == "cuda":
@@ -780,17 +776,16 @@ def main(args: Args):
                 for name, value in losses.items():
                     writer.add_scalar(f"losses/{name}", value.item(), step)
         next_observation, reward, terminated, truncated, _ = env.step(action)
+        # Neither the reward nor the end of an episode is stored: values are bootstrapped through terminations, or else the
+        # surrogate reward, which is never negative, would make staying alive good in itself.
+        buffer.add(observation, action, next_observation)
+        observation = next_observation
 
         if not since_termination:  # what comes after a fall is learned from, but no part of the return
             episode_return, episode_length = episode_return + float(reward), episode_length + 1
         if terminated or since_termination:
             since_termination += 1
-        cut = since_termination > args.steps_after_termination
-        done = truncated or cut
-        # The reward is not stored, and values do not end with a termination, or else staying alive would be good in itself, as the
-        # surrogate reward is never negative.
-        buffer.add(observation, action, next_observation, np.array([cut]))
-        observation = next_observation
+        done = truncated or since_termination > args.steps_after_termination
         if done:
             writer.add_scalar("charts/episodic_return", episode_return, step)
             writer.add_scalar("charts/episodic_length", episode_length, step)

@@ -234,9 +234,9 @@ class SAC(nn.Module):
         return losses
 
     def critic_loss(
-        self, observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor
+        self, observations: Tensor, actions: Tensor, next_observations: Tensor, rewards: Tensor, discount: Tensor | float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Soft Bellman error of both critics (SAC, eq. 5), for rewards and discounts [B], these 0 where nothing is bootstrapped."""
+        """Soft Bellman error of both critics (SAC, eq. 5), for rewards [B] and a discount, a number or [B] with 0 where the task ends."""
         with torch.no_grad():
             next_actions, next_log_prob, _, _ = self.actor.sample(next_observations)
             next_value = torch.min(*self.target_critic(next_observations, next_actions)) - self.log_alpha.exp() * next_log_prob
@@ -342,7 +342,7 @@ def check_numbers(args: Args):
     """Exit with code 2 where a number, of any of the three scripts, is out of range: counts begin at 1, most others at 0, some end at 1."""
     least = {"seed": 0, "steps_after_termination": 0, "alpha": 1e-6}
     least |= dict.fromkeys(["target_return", "min_demo_return", "target_entropy_per_dim"], -math.inf)
-    most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 0.9999, "tau": 1, "sac_beta1": 0.999}
+    most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 1, "tau": 1, "sac_beta1": 0.999}
     for name, value in vars(args).items():
         if type(value) in (int, float):
             low, high = least.get(name, 1 if type(value) is int else 0), most.get(name, math.inf)

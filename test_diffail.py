@@ -458,8 +458,8 @@ def plain_update(agent: diffail.DiffAIL, expert_x: torch.Tensor, buffer: diffail
         return torch.randn(*shape, device=device).double()
 
     def sample():
-        o, a, o_next, cut = (part.double() for part in buffer.sample(batch))
-        return o, a, o_next, cut[:, 0] == 1, torch.cat([o, o_next if args.state_only else a], 1)
+        o, a, o_next = (part.double() for part in buffer.sample(batch))
+        return o, a, o_next, torch.cat([o, o_next if args.state_only else a], 1)
 
     def adam(optimizer, names, loss):
         parameters = [dict(wide.named_parameters())[name] for name in names]
@@ -475,7 +475,7 @@ def plain_update(agent: diffail.DiffAIL, expert_x: torch.Tensor, buffer: diffail
         return [f"{module}.{name}" for name, _ in getattr(wide, module).named_parameters()]
 
     losses, updated = {}, {}
-    o, a, o_next, cut, x = sample()
+    o, a, o_next, x = sample()
     noise = randn(STEPS, batch, d)
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, STEPS, dtype=torch.float64), 0)
     likeness = []
@@ -488,7 +488,7 @@ def plain_update(agent: diffail.DiffAIL, expert_x: torch.Tensor, buffer: diffail
     losses["surrogate_reward"], losses["alpha"] = rewards.mean(), wide.log_alpha.exp().detach()
 
     expert = expert_x[torch.randint(len(expert_x), (batch,), device=device)].double()
-    policy = sample()[4]
+    policy = sample()[3]
     noise, t = randn(2 * batch, d), torch.randint(STEPS, (2 * batch,), device=device)
     d_expert = torch.exp(-reference_loss(wide.discriminator, expert, noise[:batch], t[:batch]))
     d_policy = torch.exp(-reference_loss(wide.discriminator, policy, noise[batch:], t[batch:]))
@@ -508,9 +508,7 @@ def plain_update(agent: diffail.DiffAIL, expert_x: torch.Tensor, buffer: diffail
 
     a_next, log_prob, _, _ = act(o_next)
     value = torch.min(*wide.target_critic(o_next, a_next)) - losses["alpha"] * log_prob
-    for_ever = rewards / (1 - args.gamma)  # the sum over k of gamma^k times the last reward
-    target = torch.where(cut, for_ever, rewards + args.gamma * value).detach()
-    losses["qf_loss"] = sum(0.5 * ((q - target) ** 2).mean() for q in wide.critic(o, a))
+    losses["qf_loss"] = sum(0.5 * ((q - (rewards + args.gamma * value).detach()) ** 2).mean() for q in wide.critic(o, a))
     adam(agent.critic_optimizer, network("critic"), losses["qf_loss"])
 
     a_new, log_prob, mean, log_std = act(o)
@@ -563,9 +561,9 @@ def test_an_update_is_that_of_the_plain_algorithm(state_only, form, autotune, co
     agent = diffail.DiffAIL(5, 2, args, device)
     for parameter in agent.target_critic.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))  # away from the critics, so that the step towards them shows
-    buffer = diffail.ReplayBuffer(500, (5, 2, 5, 1), device)
-    for i in range(300):
-        buffer.add(*(np.tanh(np.random.default_rng(i).normal(size=n)) for n in (5, 2, 5)), np.array([i % 7 == 0]))
+    buffer = diffail.ReplayBuffer(500, (5, 2, 5), device)
+    for _ in range(300):
+        buffer.add(*(np.tanh(np.random.default_rng(buffer.position).normal(size=n)) for n in (5, 2, 5)))
     expert_x = torch.randn(100, 10 if state_only else 7, device=device)
     update = partial(agent.update, expert_x, buffer)
     if device.type == "cuda":  # the first three as they are, from the fourth on by the graph
@@ -591,9 +589,8 @@ def test_an_update_is_that_of_the_plain_algorithm(state_only, form, autotune, co
 def test_a_compiled_update_is_the_uncompiled_one(script):
     """From the same random numbers. DiffAIL's is held to the plain algorithm above."""
     kind, extra = (gail_baseline.GAIL, dict(alpha=0.05, grad_penalty=4.0)) if script is gail_baseline else (sac_baseline.SAC, {})
-    agents, buffer = [], script.ReplayBuffer(500, (5, 2, 5, 1) if script is gail_baseline else (5, 2, 5, 1, 1), torch.device("cpu"))
+    agents, buffer = [], script.ReplayBuffer(500, (5, 2, 5) if script is gail_baseline else (5, 2, 5, 1, 1), torch.device("cpu"))
     buffer.rows.uniform_(0, 1)
-    buffer.rows[:, -1].round_()  # the end of an episode, or not
     buffer.size.fill_(500)
     learner = [torch.rand(100, 7)] if script is gail_baseline else []
     for compiled in (False, True):
@@ -693,19 +690,14 @@ def test_sac_bootstraps_through_truncations_and_not_through_terminations(tmp_pat
 
 
 @pytest.mark.parametrize("script", [diffail, gail_baseline])
-def test_imitation_bootstraps_through_truncations_and_never_sees_the_reward(script, tmp_path, monkeypatch):
+def test_imitation_bootstraps_through_every_end_and_never_sees_the_reward(script, tmp_path, monkeypatch):
     calls = spy_on_critic_loss(script, monkeypatch)
     args = dict(**IMITATION, total_timesteps=100, demos=corridor_demos(tmp_path / "demos.npz"), output_dir=tmp_path)
     script.main(script.Args(**args))
     assert len(calls) == 80
-    seen = set()
     for *_, next_observations, rewards, discount in list(calls):
-        cut = (next_observations[:, 0] == 5) & (next_observations[:, 1] == 0)  # after a termination, with no steps allowed after it
-        assert torch.equal(discount, 0.99 * (1 - cut.float()))
+        assert discount == 0.99  # a number: the same after terminations, truncations and all else
         assert (next_observations[:, 0] <= 5).all() and not (rewards == 7).any()
-        assert (rewards[cut].abs() > 10 * rewards[~cut].abs().mean()).all()  # the last one goes on for ever: times 100
-        seen |= {tuple(row) for row in next_observations.int().tolist()}
-    assert {(5, 0), (5, 1)} <= seen  # both kinds of end were in the batches
     surrogate_rewards = [call[3] for call in calls]
     evaluations = (tmp_path / f"Corridor-v0__{script.__name__}__state-action__1traj__s1" / "evaluations.csv").read_text()
     step = Corridor.step
@@ -722,10 +714,8 @@ def test_training_goes_on_after_a_fall_as_long_as_it_is_told_to(script, steps, l
     args = IMITATION | dict(env_id="Fall-v0", total_timesteps=120, demos=corridor_demos(tmp_path / "demos.npz", env_id="Fall-v0"))
     script.main(script.Args(**args | {"steps_after_termination": steps}, output_dir=tmp_path / "runs"))
     (run_dir,) = (tmp_path / "runs").iterdir()
-    rows = torch.load(run_dir / "checkpoint.pt", weights_only=True)["rows"]  # of [observation, action, next_observation, cut]
-    positions, cut = rows[:, 3], rows[:, 5]
+    positions = torch.load(run_dir / "checkpoint.pt", weights_only=True)["rows"][:, 3]  # of [observation, action, next_observation]
     assert torch.equal(positions, (torch.arange(120) % last + 1).float())
-    assert torch.equal(cut, ((positions == last) & (steps < 1_000)).float())  # the time limit is no cut
     events = EventAccumulator(str(run_dir)).Reload()
     for tag, value in {"charts/episodic_return": 21, "charts/episodic_length": 3}.items():  # up to the fall
         scalars = events.Scalars(tag)
@@ -854,9 +844,8 @@ def test_what_can_be_compiled_is_unless_told_otherwise(lacking, tmp_path, monkey
 def test_two_threads_compute_the_same_each_time():
     """Sizes at which compiled code shares its loops among threads, which must not add up one sum in whatever order they come."""
     torch.set_num_threads(2)
-    agents, buffer = [], diffail.ReplayBuffer(500, (17, 6, 17, 1), torch.device("cpu"))
+    agents, buffer = [], diffail.ReplayBuffer(500, (17, 6, 17), torch.device("cpu"))
     buffer.rows.uniform_(0, 1)
-    buffer.rows[:, -1].round_()
     buffer.size.fill_(500)
     expert_x = torch.rand(100, 34)
     for _ in range(2):
@@ -1059,7 +1048,7 @@ BAD_INPUT = [  # what is done to the demonstrations, further arguments, and a pa
     ("", "--discriminator-lr -1", "--discriminator-lr is -1.0, and must be a finite number from 0"),
     ("", "--actor-lr nan", "--actor-lr is nan, and must"),
     ("", "--reward-scale inf", "--reward-scale is inf, and must"),
-    ("", "--gamma 1", "--gamma is 1.0, and must be a finite number from 0 to 0.9999"),
+    ("", "--gamma 1.5", "--gamma is 1.5, and must be a finite number from 0 to 1"),
     ("", "--alpha 0", "--alpha is 0.0, and must"),
     ("", "--seed -1", "--seed is -1, and must"),
     ("", "--batch-size 0", "--batch-size is 0, and must"),
@@ -1665,14 +1654,14 @@ def test_values_are_counted_by_steps_after_a_fall(tmp_path):
     with open(tmp_path / "out" / f"{run_dir.name}__tiny.csv", newline="") as file:
         found = {row["kind"]: row for row in csv.DictReader(file) if row["transitions"] == "all"}
     state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-    kinds, lengths = [], np.diff(np.flatnonzero(state["rows"][:, 25]), prepend=-1)  # random policies fall long before the time limit
-    for length in lengths:
-        kinds += [-1] * (length - 50) + [i // 20 for i in range(50)]
+    kinds = []  # by how many times 20 steps after a fall; a policy that has learned nothing falls long before the time limit
+    for scalar in EventAccumulator(str(run_dir)).Reload().Scalars("charts/episodic_length"):
+        kinds += [-1] * int(scalar.value) + [i // 20 for i in range(50)]
     kinds = np.array(kinds + [-1] * (1000 - len(kinds)))
     critic = diffail.TwinCritic(11, 3, 16)
     critic.load_state_dict({name[7:]: value for name, value in state["agent"].items() if name.startswith("critic.")})
     for place, name in enumerate(["before a fall", "1 to 20 steps after", "21 to 40 steps after", "41 to 60 steps after"], -1):
-        observations, actions, _, _ = state["rows"][torch.from_numpy(kinds == place)].split((11, 3, 11, 1), 1)
+        observations, actions, _ = state["rows"][torch.from_numpy(kinds == place)].split((11, 3, 11), 1)
         assert int(found[name]["number"]) == len(observations) > 20 and float(found[name]["reward"]) > 0
         stored = torch.min(*critic(observations, actions)).mean().item()  # other actions than the policy's, by a young critic
         assert float(found[name]["value"]) == pytest.approx(stored, abs=0.5)

@@ -57,7 +57,7 @@ def main():
     expert = map(torch.from_numpy, demos.values())
     rows = state["rows"].roll(-state["position"], 0)  # from the oldest to the newest, in a full ring buffer too
     random = max(0, args.learning_starts - (state["step"] - len(rows)))
-    stored = rows[random:].split((o, a, o, 1), dim=1)[:3]
+    stored = rows[random:].split((o, a, o), dim=1)
     place, table = FORWARD_VELOCITY[args.env_id], [["transitions", "velocity", "number", "released", "paper", "diffusion_loss"]]
     for name, transitions in {"replay buffer": stored, "demonstration": tuple(expert)}.items():
         velocity, values = transitions[0][:, place].numpy(), rewards(agent, *transitions)

@@ -75,7 +75,7 @@ class Program:
         if hasattr(args, "alpha"):  # as main does for HalfCheetah
             args.alpha = 0.12 / a
         agent = agent_class(module)(o, a, args, device)
-        widths = (o, a, o, 1, 1) if script == "sac_baseline" else (o, a, o, 1)
+        widths = (o, a, o, 1, 1) if script == "sac_baseline" else (o, a, o)
         buffer = module.ReplayBuffer(args.buffer_size, widths, device)
         with np.load(ROOT / "demos" / f"{ENV_ID}.npz") as file:
             demos = [torch.from_numpy(file[name][:STORED]).to(device) for name in ("observations", "actions", "next_observations")]
@@ -100,8 +100,8 @@ class Program:
 
         def environment():
             following, reward, terminated, _, _ = env.step(self.action)
-            end = [reward, terminated] if script == "sac_baseline" else [terminated]
-            buffer.add(observation, self.action, following, *(np.array([value]) for value in end))
+            end = [np.array([reward]), np.array([terminated])] if script == "sac_baseline" else []
+            buffer.add(observation, self.action, following, *end)
 
         torch.compiler.set_stance("force_eager")  # compiled code keeps its products to itself
         with RecordProducts() as products:
@@ -114,7 +114,7 @@ class Program:
         if learner:
             dim = learner[0].shape[1]
             x = learner[0][:BATCH_SIZE]
-            policy = agent.discriminator_input(*self.batch[:3])
+            policy = agent.discriminator_input(*self.batch)
             self.stages["sample"] = lambda: (sample(), sample())
             self.stages["discriminator"] = lambda: agent.descend(agent.discriminator_optimizer, agent.discriminator_loss, x, policy)
             if script == "diffail":
@@ -122,8 +122,8 @@ class Program:
                 self.stages["reward"] = lambda: agent.reward(agent.discriminator, policy, noise(), args.reward_form)
             else:
                 self.stages["reward"] = lambda: agent.reward(agent.discriminator, policy, args.reward_form)
-        targets = torch.rand(BATCH_SIZE, device=device), torch.full((BATCH_SIZE,), args.gamma, device=device)  # rewards, discounts
-        self.stages["critic"] = lambda: agent.descend(agent.critic_optimizer, agent.critic_loss, *self.batch[:3], *targets)
+        rewards = torch.rand(BATCH_SIZE, device=device)
+        self.stages["critic"] = lambda: agent.descend(agent.critic_optimizer, agent.critic_loss, *self.batch[:3], rewards, args.gamma)
         self.stages["actor"] = lambda: agent.descend(agent.actor_optimizer, agent.actor_loss, self.batch[0])
         self.stages["target"] = lambda: module.polyak_update(agent.target_critic, agent.critic, args.tau)
         for name in set(self.stages) - {"act"}:

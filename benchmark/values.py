@@ -5,7 +5,7 @@
 Writes benchmark/results/values/NAME.csv, or NAME__VARIANT.csv: of transitions before a fall and of those after one, by how many steps
 after, over the whole replay buffer and over its last 25,000 transitions, the mean surrogate reward c R and the means of min(Q1, Q2) for an
 action of the policy's. A state that a robot never leaves again is worth about its reward divided by 1 - gamma. After a fall is what comes
-between a termination and the cut of the episode; where the time limit comes first, all counts as before.
+between a termination and the cut of the episode, that many steps later; where the time limit comes first, all counts as before.
 """
 import argparse
 import csv
@@ -27,11 +27,13 @@ def main():
     state, agent, env, _ = load_run(options.run_dir)
     (o,), (a,), args = env.observation_space.shape, env.action_space.shape, agent.args
     rows = state["rows"].roll(-state["position"], 0)  # from the oldest to the newest, in a full ring buffer too
-    *transitions, cut = rows.split((o, a, o, 1), dim=1)
+    transitions = observations, _, next_observations = rows[:, : o + a + o].split((o, a, o), dim=1)
     steps, after = args.steps_after_termination, torch.zeros(len(rows), dtype=torch.int64)
-    for end in cut[:, 0].nonzero()[:, 0].tolist():
-        begin = max(0, end + 1 - steps)
-        after[begin : end + 1] = torch.arange(steps + begin - end, steps + 1)
+    begin = 0
+    for end in (next_observations[:-1] != observations[1:]).any(1).nonzero()[:, 0].tolist():  # the last transition of an episode
+        if end + 1 - begin < env.spec.max_episode_steps:
+            after[max(begin, end + 1 - steps) : end + 1] = torch.arange(1, steps + 1)[-(end + 1 - begin) :]
+        begin = end + 1
     kinds = {"before a fall": after == 0}
     kinds |= {f"{low + 1} to {low + 20} steps after": (low < after) & (after <= low + 20) for low in range(0, steps, 20)}
     generator, table = torch.Generator().manual_seed(0), [["step", "transitions", "kind", "number", "reward", "value"]]
@@ -42,11 +44,10 @@ def main():
             if len(places) < 20:
                 continue
             sample = places[torch.randperm(len(places), generator=generator)[:SAMPLES]]
-            observations, *rest = (part[sample] for part in transitions)
-            x = agent.discriminator_input(observations, *rest)
+            x = agent.discriminator_input(*(part[sample] for part in transitions))
             noise = torch.randn(args.diffusion_steps, *x.shape, generator=generator)
             reward = args.reward_scale * agent.discriminator.surrogate_reward(x, noise, args.reward_form).mean()
-            value = torch.min(*agent.critic(observations, agent.actor.act(observations))).mean()
+            value = torch.min(*agent.critic(observations[sample], agent.actor.act(observations[sample]))).mean()
             table.append([state["step"], name, kind, len(places), f"{reward:.4g}", f"{value:.4g}"])
     path = options.to / (options.run_dir.name + (f"__{options.variant}" if options.variant else "") + ".csv")
     path.parent.mkdir(parents=True, exist_ok=True)
