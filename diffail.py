@@ -78,7 +78,7 @@ class Args:
     steps_after_termination: int = 100  # for which a training episode goes on after a termination; released: 1,000
 
     # Discriminator and surrogate reward
-    normalize: bool | None = None  # standardise x, not SAC's inputs, by the demonstrations' mean and std; None: for Hopper alone
+    normalize: bool | None = None  # scale x, not SAC's inputs, to the demonstrations' mean 0 and std 0.5; None: for Hopper alone
     hidden_dim: int = 128  # units in each of the three hidden layers of the noise predictor
     diffusion_steps: int = 10  # T
     noise_schedule: Literal["linear", "cosine", "vp"] = "linear"  # of the variances beta_1 ... beta_T
@@ -349,7 +349,7 @@ class DiffAIL(nn.Module):
         self.target_critic = copy.deepcopy(self.critic)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
         self.register_buffer("x_mean", torch.zeros(input_dim))
-        self.register_buffer("x_std", torch.ones(input_dim))
+        self.register_buffer("x_scale", torch.ones(input_dim))
         self.to(device)
         self.gradients = compiled(gradients) if args.compile else gradients
         self.reward = compiled(DiffusionDiscriminator.surrogate_reward) if args.compile else DiffusionDiscriminator.surrogate_reward
@@ -363,17 +363,19 @@ class DiffAIL(nn.Module):
     def discriminator_input(self, observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:
         """x, [B, d]."""
         x = torch.cat([observations, next_observations if self.args.state_only else actions], dim=-1)
-        return (x - self.x_mean) / self.x_std
+        return (x - self.x_mean) / self.x_scale
 
     def fit_normalizer(self, *demonstrations: Tensor) -> Tensor:
-        """The demonstrations' x [N, d]; with --normalize True, theirs and all later x are scaled by the demonstrations' mean and std.
+        """The demonstrations' x [N, d]; with --normalize True, theirs is scaled to mean 0 and std 0.5, and all later x alike.
 
         The diffusion's noise has the same scale in all coordinates, up to 0.3 at t = T: one that moves less, as Hopper's torso angle
-        by 0.05, is lost in it. Without scaling our Hopper learned to hop as the expert does, but leaning over too far."""
+        by 0.05, is lost in it. Without scaling our Hopper learned to hop as the expert does, but leaning over too far. With a std of 1
+        the noise is so little that a slow hop and a somewhat faster one are both surely not the expert's, and the reward has no slope:
+        one of two seeds stayed there. 0.5 is that of the data in Karras et al. 2022."""
         if self.args.normalize:
-            x = self.discriminator_input(*demonstrations)  # not yet scaled: the mean is 0 and the std 1 so far
+            x = self.discriminator_input(*demonstrations)  # as it is: so far x_mean is 0 and x_scale 1
             std = x.std(0)
-            self.x_mean, self.x_std = x.mean(0), std.masked_fill(std < 1e-6, 1.0)  # what never moves is only centred
+            self.x_mean, self.x_scale = x.mean(0), (2 * std).masked_fill(std < 1e-6, 1.0)  # what never moves is only centred
         return self.discriminator_input(*demonstrations)
 
     def update(self, expert_x: Tensor, buffer: ReplayBuffer) -> dict[str, Tensor]:

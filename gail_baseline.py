@@ -268,7 +268,7 @@ class GAIL(nn.Module):
         self.target_critic = copy.deepcopy(self.critic)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
         self.register_buffer("x_mean", torch.zeros(input_dim))
-        self.register_buffer("x_std", torch.ones(input_dim))
+        self.register_buffer("x_scale", torch.ones(input_dim))
         self.to(device)
         self.gradients = compiled(gradients) if args.compile else gradients
         self.reward = compiled(MLPDiscriminator.surrogate_reward) if args.compile else MLPDiscriminator.surrogate_reward
@@ -282,14 +282,14 @@ class GAIL(nn.Module):
     def discriminator_input(self, observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:
         """x, [B, d]."""
         x = torch.cat([observations, next_observations if self.args.state_only else actions], dim=-1)
-        return (x - self.x_mean) / self.x_std
+        return (x - self.x_mean) / self.x_scale
 
     def fit_normalizer(self, *demonstrations: Tensor) -> Tensor:
         """The demonstrations' x [N, d]; with --normalize True, theirs and all later x are scaled by the demonstrations' mean and std."""
         if self.args.normalize:
-            x = self.discriminator_input(*demonstrations)  # not yet scaled: the mean is 0 and the std 1 so far
+            x = self.discriminator_input(*demonstrations)  # as it is: so far x_mean is 0 and x_scale 1
             std = x.std(0)
-            self.x_mean, self.x_std = x.mean(0), std.masked_fill(std < 1e-6, 1.0)  # what never moves is only centred
+            self.x_mean, self.x_scale = x.mean(0), std.masked_fill(std < 1e-6, 1.0)  # what never moves is only centred
         return self.discriminator_input(*demonstrations)
 
     def update(self, expert_x: Tensor, buffer: ReplayBuffer) -> dict[str, Tensor]:

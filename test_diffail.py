@@ -791,12 +791,12 @@ def test_what_the_discriminator_gets(state_only, normalize, tmp_path, monkeypatc
         data = {name: file[name][:10] for name in ("observations", "actions", "next_observations")}  # of two episodes, not three
     a = (data["actions"] - -3) / (1 - -3) * 2 - 1
     expected = np.concatenate([data["observations"], data["next_observations"] if state_only else a], 1)
-    mean, std = (expected.mean(0), expected.std(0, ddof=1)) if normalize else (0, 1)
-    expected = (expected - mean) / std
+    mean, scale = (expected.mean(0), 2 * expected.std(0, ddof=1)) if normalize else (0, 1)  # to a standard deviation of 0.5
+    expected = (expected - mean) / scale
     found = np.concatenate([expert.numpy() for _, expert, *_ in calls])
     assert {tuple(row) for row in found.round(3).tolist()} == {tuple(row) for row in expected.round(3).tolist()}
     for _, _, policy, noise, t in calls:
-        x = policy.numpy() * std + mean
+        x = policy.numpy() * scale + mean
         assert set(x[:, 0].round().astype(int).tolist()) <= set(range(5))
         if state_only:
             np.testing.assert_allclose(x[:, 2], x[:, 0] + 1, atol=1e-4)
@@ -810,7 +810,7 @@ def test_a_coordinate_that_never_moves_is_only_centred(tmp_path):
     diffail.main(diffail.Args(**args, total_timesteps=70, output_dir=tmp_path))  # one trajectory: the parity is always 0
     agent = torch.load(next(tmp_path.glob("*/checkpoint.pt")), weights_only=True)["agent"]
     np.testing.assert_allclose(agent["x_mean"], [2, 0, 3, 0])
-    np.testing.assert_allclose(agent["x_std"], [math.sqrt(2.5), 1, math.sqrt(2.5), 1], rtol=1e-6)
+    np.testing.assert_allclose(agent["x_scale"], [math.sqrt(10), 1, math.sqrt(10), 1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("script", [diffail, gail_baseline])
