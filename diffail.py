@@ -398,7 +398,7 @@ class DiffAIL(nn.Module):
         # Where an episode was cut after a fall, its last reward goes on for ever, as in an absorbing state (Kostrikov et al. 2019).
         # Nothing follows that state in the buffer, so a value bootstrapped from it is held by nothing, and falling seemed to pay.
         cut = cut.squeeze(-1)
-        returns, discount = rewards / (1 - args.gamma * cut), args.gamma * (1 - cut)
+        returns, discount = rewards, args.gamma * (1 - cut)
         losses |= self.descend(self.critic_optimizer, self.critic_loss, *batch, returns, discount)
         losses |= self.descend(self.actor_optimizer, self.actor_loss, batch[0])
         self.log_alpha.data.clamp_(max=math.log(args.alpha))  # tuned without a bound, it grew until HalfCheetah stood still
