@@ -787,11 +787,11 @@ def main(args: Args):
             episode_return, episode_length = episode_return + float(reward), episode_length + 1
         if terminated or since_termination:
             since_termination += 1
-        cut = since_termination > args.steps_after_termination
-        done = truncated or cut
+        lies = since_termination > args.steps_after_termination // 2
+        done = truncated or since_termination > args.steps_after_termination
         # The reward is not stored, and values do not end with a termination, or else staying alive would be good in itself, as the
         # surrogate reward is never negative.
-        buffer.add(observation, action, next_observation, np.array([cut]))
+        buffer.add(observation, action, next_observation, np.array([lies]))
         observation = next_observation
         if done:
             writer.add_scalar("charts/episodic_return", episode_return, step)
