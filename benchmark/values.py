@@ -5,10 +5,12 @@
 Writes benchmark/results/values/NAME.csv, or NAME__VARIANT.csv: of transitions before a fall and of those after one, by how many steps
 after, over the whole replay buffer and over its last 25,000 transitions, the mean surrogate reward c R and the means of min(Q1, Q2) for an
 action of the policy's. A state that a robot never leaves again is worth about its reward divided by 1 - gamma. After a fall is what comes
-between a termination and the cut of the episode, that many steps later; where the time limit comes first, all counts as before.
+between a termination and the cut of the episode, --steps-after-termination later, which must have been the same for the whole run; where
+the time limit comes first, and in the last episode, all counts as before.
 """
 import argparse
 import csv
+import itertools
 from pathlib import Path
 
 import torch
@@ -29,11 +31,11 @@ def main():
     rows = state["rows"].roll(-state["position"], 0)  # from the oldest to the newest, in a full ring buffer too
     transitions = observations, _, next_observations = rows[:, : o + a + o].split((o, a, o), dim=1)
     steps, after = args.steps_after_termination, torch.zeros(len(rows), dtype=torch.int64)
-    begin = 0
-    for end in (next_observations[:-1] != observations[1:]).any(1).nonzero()[:, 0].tolist():  # the last transition of an episode
-        if end + 1 - begin < env.spec.max_episode_steps:
-            after[max(begin, end + 1 - steps) : end + 1] = torch.arange(1, steps + 1)[-(end + 1 - begin) :]
-        begin = end + 1
+    edges = [0] * (state["step"] == len(rows))  # a full ring buffer begins within an episode, which is left out
+    edges += (1 + (next_observations[:-1] != observations[1:]).any(1).nonzero()[:, 0]).tolist()
+    for begin, end in itertools.pairwise(edges):
+        if end - begin < env.spec.max_episode_steps:
+            after[max(begin, end - steps) : end] = torch.arange(1, steps + 1)[begin - end :]
     kinds = {"before a fall": after == 0}
     kinds |= {f"{low + 1} to {low + 20} steps after": (low < after) & (after <= low + 20) for low in range(0, steps, 20)}
     generator, table = torch.Generator().manual_seed(0), [["step", "transitions", "kind", "number", "reward", "value"]]
