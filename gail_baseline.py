@@ -104,7 +104,7 @@ class Args:
     resume: bool = False  # go on from the run's last checkpoint, or begin where there is none
     output_dir: Path = Path("runs")  # folder of the run directories
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
-    threads: int = 2  # of PyTorch on the CPU: 2 for one run alone, up to a third faster than 1; for several side by side 1 each
+    threads: int = 2  # of PyTorch on the CPU: 2 for one run alone, up to a third less time than 1; for several side by side 1 each
     compile: bool | None = None  # compile losses, gradients and reward: a slower start, faster steps; None: where a C++ compiler is
 
 

@@ -1460,7 +1460,8 @@ if __name__ == "__main__":
     run_dir.mkdir(exist_ok=True)
     (run_dir / "evaluations.csv").write_text("step,mean_return\\n100,12.5\\n")
     used = vars(args) | {"output_dir": str(args.output_dir), "alpha": args.alpha or 0.02}
-    (run_dir / "config.json").write_text(json.dumps({"args": used, "finished_at_step": args.total_timesteps or 100}))
+    config = {"args": used, "command": " ".join(sys.argv), "finished_at_step": args.total_timesteps or 100}
+    (run_dir / "config.json").write_text(json.dumps(config))
 """
 
 
@@ -1485,7 +1486,8 @@ def test_a_grid_skips_what_is_finished_and_goes_on_past_a_failure(tmp_path):
         return len((runs / "started").read_text().splitlines()) - before
 
     assert newly_started() == newly_started("--alpha", "0.02") == 0  # 100 steps and this alpha are the defaults
-    assert newly_started("--total-timesteps=200") == newly_started("--alpha", "0.1") == 2
+    assert newly_started("--total-timesteps=200") == newly_started("--alpha=0.1") == 2
+    assert newly_started() == 2  # 0.1 is not the default
     assert (runs / "gpus").read_text() == ""
     assert run(*command, "--seeds", 4, "--gpus", 2).returncode == 0
     assert (runs / "gpus").read_text() == "0,1"
@@ -1755,7 +1757,7 @@ def test_demonstrations_of_minari_become_a_file_as_the_readme_says(tmp_path, mon
         for length in (3, 5)
     ]  # fmt: skip
     dataset = SimpleNamespace(iterate_episodes=lambda: iter(episodes))
-    monkeypatch.setitem(sys.modules, "minari", SimpleNamespace(load_dataset=lambda name: dataset))
+    monkeypatch.setitem(sys.modules, "minari", SimpleNamespace(load_dataset=lambda name, download: dataset))
     exec(code.replace("HalfCheetah-v5", "Corridor-v0").replace('"demos/', f'"{tmp_path}/'), {})
     demos, expert_return = diffail.load_demonstrations(tmp_path / "Corridor-v0.npz", "Corridor-v0", 2, diffail.make_env("Corridor-v0"))
     assert expert_return == 28

@@ -14,6 +14,7 @@ import argparse
 import importlib
 import itertools
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -35,13 +36,19 @@ def run_dir(output_dir: Path, script: str, env_id: str, setting: str, trajectori
 
 
 def finished(folder: Path, script: str, words: list[str]) -> bool:
-    """Whether the run has come to its end with these arguments. Where they differ it is started again, and --resume says by what."""
+    """Whether the run has come to its end with these arguments. Where they differ it is started again, and --resume says by what.
+
+    What is left out now must have been left out then: the value that a script fills in is known to the script alone."""
     module = importlib.import_module(script)
     args = tyro.cli(module.Args, args=words)
     steps = args.total_timesteps or module.TOTAL_TIMESTEPS.get(args.env_id.split("/")[-1].split("-v")[0], 500_000)
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {"args": {}}
-    chosen = {name: value for name, value in vars(args).items() if value is not None and name not in module.MAY_CHANGE_ON_RESUME}
-    as_before = all(str(value) == str(config["args"].get(name)) for name, value in chosen.items())
+    given_then = {word.split("=")[0][2:].replace("-", "_") for word in shlex.split(config.get("command", "")) if word.startswith("--")}
+    as_before = all(
+        name not in given_then if value is None else str(value) == str(config["args"].get(name))
+        for name, value in vars(args).items()
+        if name not in module.MAY_CHANGE_ON_RESUME
+    )
     return as_before and config.get("finished_at_step", -1) >= steps
 
 
