@@ -242,10 +242,12 @@ class Actor(nn.Module):
     def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int):
         super().__init__()
         self.net = mlp(observation_dim, hidden_dim, 2 * action_dim)
+        self.register_buffer("observation_mean", torch.zeros(observation_dim))
+        self.register_buffer("observation_std", torch.ones(observation_dim))
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """Observations [..., obs] to the mean and the log standard deviation of u, [..., act] each."""
-        mean, log_std = self.net(observations).chunk(2, dim=-1)
+        mean, log_std = self.net((observations - self.observation_mean) / self.observation_std).chunk(2, dim=-1)
         return mean, log_std.clamp(-20, 2)
 
     def sample(self, observations: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -273,10 +275,12 @@ class TwinCritic(nn.Module):
         super().__init__()
         self.q1 = mlp(observation_dim + action_dim, hidden_dim, 1)
         self.q2 = mlp(observation_dim + action_dim, hidden_dim, 1)
+        self.register_buffer("observation_mean", torch.zeros(observation_dim))
+        self.register_buffer("observation_std", torch.ones(observation_dim))
 
     def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Observations [B, obs] and actions [B, act] to two values, [B] each."""
-        x = torch.cat([observations, actions], dim=-1)
+        x = torch.cat([(observations - self.observation_mean) / self.observation_std, actions], dim=-1)
         return self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)
 
 
@@ -346,6 +350,12 @@ class DiffAIL(nn.Module):
         self.discriminator = DiffusionDiscriminator(input_dim, args.hidden_dim, args.diffusion_steps, args.noise_schedule)
         self.actor = Actor(observation_dim, action_dim, args.sac_hidden_dim)
         self.critic = TwinCritic(observation_dim, action_dim, args.sac_hidden_dim)
+        for net, bound in ((self.actor.net, 1e-3), (self.critic.q1, 3e-3), (self.critic.q2, 3e-3)):
+            for layer in net[:-1:2]:
+                nn.init.uniform_(layer.weight, -(layer.out_features**-0.5), layer.out_features**-0.5)
+                nn.init.constant_(layer.bias, 0.1)
+            nn.init.uniform_(net[-1].weight, -bound, bound)
+            nn.init.uniform_(net[-1].bias, -bound, bound)
         self.target_critic = copy.deepcopy(self.critic)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
         self.register_buffer("x_mean", torch.zeros(input_dim))
@@ -374,6 +384,9 @@ class DiffAIL(nn.Module):
             x = self.discriminator_input(*demonstrations)  # not yet scaled: the mean is 0 and the std 1 so far
             std = x.std(0)
             self.x_mean, self.x_std = x.mean(0), std.masked_fill(std < 1e-6, 1.0)  # what never moves is only centred
+            for net in (self.actor, self.critic, self.target_critic):
+                net.observation_mean.copy_(self.x_mean[: len(net.observation_mean)])
+                net.observation_std.copy_(self.x_std[: len(net.observation_std)])
         return self.discriminator_input(*demonstrations)
 
     def update(self, expert_x: Tensor, buffer: ReplayBuffer) -> dict[str, Tensor]:
@@ -770,8 +783,9 @@ def main(args: Args):
             actor_input.copy_(torch.from_numpy(observation))
             action = act().cpu().numpy()
             check_finite({"action": torch.from_numpy(action)}, step)
-            losses = update()
             if step % 1_000 == 0:
+                for _ in range(1_000):
+                    losses = update()
                 check_finite(losses, step)
                 for name, value in losses.items():
                     writer.add_scalar(f"losses/{name}", value.item(), step)
