@@ -787,7 +787,8 @@ def main(args: Args):
             episode_return, episode_length = episode_return + float(reward), episode_length + 1
         if terminated or since_termination:
             since_termination += 1
-        done = truncated or since_termination > args.steps_after_termination
+        # A fall ends the episode with the same probability in each step: no state is always the last one, from which nothing is seen to follow.
+        done = truncated or (since_termination and torch.rand(()).item() < 1 / args.steps_after_termination)
         if done:
             writer.add_scalar("charts/episodic_return", episode_return, step)
             writer.add_scalar("charts/episodic_length", episode_length, step)
