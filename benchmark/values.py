@@ -2,21 +2,29 @@
 
     python benchmark/values.py runs/Hopper-v4__diffail__state-action__1traj__s1
 
-Writes benchmark/results/values/NAME.csv, or NAME__VARIANT.csv: of transitions before a fall and of those after one, by how many steps
-after, over the whole replay buffer and over its last 25,000 transitions, the mean surrogate reward c R and the means of min(Q1, Q2) for an
-action of the policy's. A state that a robot never leaves again is worth about its reward divided by 1 - gamma. After a fall is what comes
-between a termination and the cut of the episode, --steps-after-termination later, which must have been the same for the whole run; where
-the time limit comes first, and in the last episode, all counts as before.
+For Hopper, Walker2d and Ant. Writes benchmark/results/values/NAME.csv, or NAME__VARIANT.csv: of transitions before a fall and of those
+after one, by how many steps after, over the whole replay buffer and over its last 25,000 transitions, the mean surrogate reward c R and
+the means of min(Q1, Q2) for an action of the policy's. A state that a robot never leaves again is worth about its reward divided by
+1 - gamma. A fall is what Gymnasium takes for one, which ends an episode of an evaluation; in an episode without one all counts as before.
 """
 import argparse
 import csv
 import itertools
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import torch
 from reward_by_velocity import ROOT, load_run
 
 SAMPLES = 4_000  # at most, of each kind of transition
+
+
+def healthy(env: gym.Env, observation: np.ndarray) -> bool:
+    """What a robot's environment says of a state, which the observation [qpos, without where it is in the plane, qvel] leaves open."""
+    env.data.qpos[env.model.nq + env.model.nv - len(observation) :] = observation[: len(observation) - env.model.nv]
+    env.data.qvel[:] = observation[-env.model.nv :]
+    return env.is_healthy
 
 
 @torch.no_grad()
@@ -30,14 +38,16 @@ def main():
     (o,), (a,), args = env.observation_space.shape, env.action_space.shape, agent.args
     rows = state["rows"].roll(-state["position"], 0)  # from the oldest to the newest, in a full ring buffer too
     transitions = observations, _, next_observations = rows[:, : o + a + o].split((o, a, o), dim=1)
-    steps, after = args.steps_after_termination, torch.zeros(len(rows), dtype=torch.int64)
     edges = [0] * (state["step"] == len(rows))  # a full ring buffer begins within an episode, which is left out
-    edges += (1 + (next_observations[:-1] != observations[1:]).any(1).nonzero()[:, 0]).tolist()
+    edges += [*(1 + (next_observations[:-1] != observations[1:]).any(1).nonzero()[:, 0]).tolist(), len(rows)]
+    fallen = torch.tensor([not healthy(env.unwrapped, observation) for observation in next_observations.double().numpy()])
+    to_fall = torch.full((len(rows),), -1_000_000)  # steps since the fall, 0 at the transition that is one
     for begin, end in itertools.pairwise(edges):
-        if end - begin < env.spec.max_episode_steps:
-            after[max(begin, end - steps) : end] = torch.arange(1, steps + 1)[begin - end :]
-    kinds = {"before a fall": after == 0}
-    kinds |= {f"{low + 1} to {low + 20} steps after": (low < after) & (after <= low + 20) for low in range(0, steps, 20)}
+        if fallen[begin:end].any():
+            to_fall[begin:end] = torch.arange(end - begin) - fallen[begin:end].int().argmax()
+    kinds = {"before a fall": to_fall <= 0, "of these the last 20": (to_fall > -20) & (to_fall <= 0)}
+    kinds |= {f"{low + 1} to {low + 20} steps after": (low < to_fall) & (to_fall <= low + 20) for low in range(0, 100, 20)}
+    kinds |= {"more than 100 steps after": to_fall > 100}
     generator, table = torch.Generator().manual_seed(0), [["step", "transitions", "kind", "number", "reward", "value"]]
     torch.manual_seed(0)  # for the policy's actions
     for name, since in {"all": 0, "last 25,000": max(0, len(rows) - 25_000)}.items():
