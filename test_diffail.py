@@ -1673,6 +1673,9 @@ def test_values_are_counted_by_steps_after_a_fall(tmp_path):
         value = torch.min(*critic(draws, actor.act(draws))).mean().item()
         assert float(found[name]["value"]) == pytest.approx(value, abs=0.02)
     assert len(found) == 5 and len({row["value"] for row in found.values()}) == 5
+    assert run("diffail.py", "--env-id", "HalfCheetah-v4", *sizes).returncode == 0
+    refused = run("benchmark/values.py", *tmp_path.glob("HalfCheetah*"), "--to", tmp_path / "out")
+    assert refused.returncode == 2 and "HalfCheetah-v4 knows no falls" in refused.stderr and len(list((tmp_path / "out").iterdir())) == 1
 
 
 def test_results_are_collected_as_a_run_goes_on_but_not_over_those_of_another_run(tmp_path):

@@ -35,19 +35,21 @@ def main():
     parser.add_argument("--variant", help="in a word or two, what was not the default")
     options = parser.parse_args()
     state, agent, env, _ = load_run(options.run_dir)
+    if not hasattr(env.unwrapped, "is_healthy"):
+        parser.error(f"{agent.args.env_id} knows no falls")
     (o,), (a,), args = env.observation_space.shape, env.action_space.shape, agent.args
     rows = state["rows"].roll(-state["position"], 0)  # from the oldest to the newest, in a full ring buffer too
     transitions = observations, _, next_observations = rows[:, : o + a + o].split((o, a, o), dim=1)
     edges = [0] * (state["step"] == len(rows))  # a full ring buffer begins within an episode, which is left out
     edges += [*(1 + (next_observations[:-1] != observations[1:]).any(1).nonzero()[:, 0]).tolist(), len(rows)]
     fallen = torch.tensor([not healthy(env.unwrapped, observation) for observation in next_observations.double().numpy()])
-    to_fall = torch.full((len(rows),), -1_000_000)  # steps since the fall, 0 at the transition that is one
+    since_fall = torch.full((len(rows),), -1_000_000)  # steps since the fall, 0 at the transition that is one
     for begin, end in itertools.pairwise(edges):
         if fallen[begin:end].any():
-            to_fall[begin:end] = torch.arange(end - begin) - fallen[begin:end].int().argmax()
-    kinds = {"before a fall": to_fall <= 0, "of these the last 20": (to_fall > -20) & (to_fall <= 0)}
-    kinds |= {f"{low + 1} to {low + 20} steps after": (low < to_fall) & (to_fall <= low + 20) for low in range(0, 100, 20)}
-    kinds |= {"more than 100 steps after": to_fall > 100}
+            since_fall[begin:end] = torch.arange(end - begin) - fallen[begin:end].int().argmax()
+    kinds = {"before a fall": since_fall <= 0, "of these the last 20": (since_fall > -20) & (since_fall <= 0)}
+    kinds |= {f"{low + 1} to {low + 20} steps after": (low < since_fall) & (since_fall <= low + 20) for low in range(0, 100, 20)}
+    kinds |= {"more than 100 steps after": since_fall > 100}
     generator, table = torch.Generator().manual_seed(0), [["step", "transitions", "kind", "number", "reward", "value"]]
     torch.manual_seed(0)  # for the policy's actions
     for name, since in {"all": 0, "last 25,000": max(0, len(rows) - 25_000)}.items():
