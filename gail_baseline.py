@@ -72,7 +72,7 @@ class Args:
     num_trajectories: int = 1  # demonstrated episodes to learn from, the first ones of the file
     seed: int = 1  # of everything random: networks, exploration, minibatches, noise, environment
     total_timesteps: int | None = None  # environment steps; None: 750,000 for Hopper and Walker2d, 500,000 for all others
-    steps_after_termination: int = 100  # for which a training episode goes on after a termination; released: 1,000
+    cut_probability: float = 0.01  # that a training episode ends there, in each step from a termination on; released: 0, up to 1,000 steps
 
     # Discriminator and surrogate reward
     normalize: bool | None = None  # standardise x, not SAC's inputs, by the demonstrations' mean and std; None: for Hopper alone
@@ -268,7 +268,7 @@ class GAIL(nn.Module):
         self.target_critic = copy.deepcopy(self.critic)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
         self.register_buffer("x_mean", torch.zeros(input_dim))
-        self.register_buffer("x_std", torch.ones(input_dim))
+        self.register_buffer("x_scale", torch.ones(input_dim))
         self.to(device)
         self.gradients = compiled(gradients) if args.compile else gradients
         self.reward = compiled(MLPDiscriminator.surrogate_reward) if args.compile else MLPDiscriminator.surrogate_reward
@@ -282,14 +282,14 @@ class GAIL(nn.Module):
     def discriminator_input(self, observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:
         """x, [B, d]."""
         x = torch.cat([observations, next_observations if self.args.state_only else actions], dim=-1)
-        return (x - self.x_mean) / self.x_std
+        return (x - self.x_mean) / self.x_scale
 
     def fit_normalizer(self, *demonstrations: Tensor) -> Tensor:
         """The demonstrations' x [N, d]; with --normalize True, theirs and all later x are scaled by the demonstrations' mean and std."""
         if self.args.normalize:
-            x = self.discriminator_input(*demonstrations)  # not yet scaled: the mean is 0 and the std 1 so far
+            x = self.discriminator_input(*demonstrations)  # as it is: so far x_mean is 0 and x_scale 1
             std = x.std(0)
-            self.x_mean, self.x_std = x.mean(0), std.masked_fill(std < 1e-6, 1.0)  # what never moves is only centred
+            self.x_mean, self.x_scale = x.mean(0), std.masked_fill(std < 1e-6, 1.0)  # what never moves is only centred
         return self.discriminator_input(*demonstrations)
 
     def update(self, expert_x: Tensor, buffer: ReplayBuffer) -> dict[str, Tensor]:
@@ -468,9 +468,9 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 def check_numbers(args: Args):
     """Exit with code 2 where a number, of any of the three scripts, is out of range: counts begin at 1, most others at 0, some end at 1."""
-    least = {"seed": 0, "steps_after_termination": 0, "alpha": 1e-6}
+    least = {"seed": 0, "alpha": 1e-6}
     least |= dict.fromkeys(["target_return", "min_demo_return", "target_entropy_per_dim"], -math.inf)
-    most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 1, "tau": 1, "sac_beta1": 0.999}
+    most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 1, "tau": 1, "sac_beta1": 0.999, "cut_probability": 1}
     for name, value in vars(args).items():
         if type(value) in (int, float):
             low, high = least.get(name, 1 if type(value) is int else 0), most.get(name, math.inf)
@@ -654,7 +654,7 @@ def main(args: Args):
     steps = range(start + 1, args.total_timesteps + 1)
     progress = tqdm(steps, initial=start, total=args.total_timesteps, unit=" steps", disable=None, dynamic_ncols=True)
     observation, _ = env.reset(seed=episode_seed(args.seed, TRAINING, episode))
-    episode_return, episode_length, since_termination, last_checkpoint, clock = 0.0, 0, 0, start, time.perf_counter() - wall_time
+    episode_return, episode_length, fallen, last_checkpoint, clock = 0.0, 0, False, start, time.perf_counter() - wall_time
 
     def checkpoint(step: int):
         """Write all that a run goes on from. Each episode has its own seed, so between two of them the simulator's state is not needed.
@@ -693,15 +693,16 @@ def main(args: Args):
         buffer.add(observation, action, next_observation)
         observation = next_observation
 
-        if not since_termination:  # what comes after a fall is learned from, but no part of the return
+        if not fallen:  # what comes after a termination is learned from, but no part of the return
             episode_return, episode_length = episode_return + float(reward), episode_length + 1
-        if terminated or since_termination:
-            since_termination += 1
-        done = truncated or since_termination > args.steps_after_termination
+        fallen = fallen or terminated
+        # A cut by chance: were it always after as many steps, nothing would ever be seen to follow the last of them, and the values there,
+        # which are bootstrapped, would be held by nothing. On Hopper they rose until falling seemed to pay.
+        done = truncated or (fallen and torch.rand(()).item() < args.cut_probability)
         if done:
             writer.add_scalar("charts/episodic_return", episode_return, step)
             writer.add_scalar("charts/episodic_length", episode_length, step)
-            episode, episode_return, episode_length, since_termination = episode + 1, 0.0, 0, 0
+            episode, episode_return, episode_length, fallen = episode + 1, 0.0, 0, False
             observation, _ = env.reset(seed=episode_seed(args.seed, TRAINING, episode))
 
         if step % args.eval_every == 0:

@@ -340,9 +340,9 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 def check_numbers(args: Args):
     """Exit with code 2 where a number, of any of the three scripts, is out of range: counts begin at 1, most others at 0, some end at 1."""
-    least = {"seed": 0, "steps_after_termination": 0, "alpha": 1e-6}
+    least = {"seed": 0, "alpha": 1e-6}
     least |= dict.fromkeys(["target_return", "min_demo_return", "target_entropy_per_dim"], -math.inf)
-    most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 1, "tau": 1, "sac_beta1": 0.999}
+    most = {"seed": 2**63 - 1, "threads": 1024, "gamma": 1, "tau": 1, "sac_beta1": 0.999, "cut_probability": 1}
     for name, value in vars(args).items():
         if type(value) in (int, float):
             low, high = least.get(name, 1 if type(value) is int else 0), most.get(name, math.inf)

@@ -649,7 +649,7 @@ gym.register("Unbounded-v0", entry_point=spaces_only(BOX, gym.spaces.Box(-np.inf
 gym.register("Whole-v0", entry_point=spaces_only(BOX, gym.spaces.Box(0, 5, (2,), np.int64)))
 SMALL = dict(env_id="Corridor-v0", learning_starts=20, batch_size=64, buffer_size=500, sac_hidden_dim=8, eval_every=50, eval_episodes=2)
 SMALL |= dict(device="cpu", threads=1, compile=False)  # with two, networks this small would but wait, on a busy machine for long
-IMITATION = SMALL | dict(hidden_dim=8, steps_after_termination=0)
+IMITATION = SMALL | dict(hidden_dim=8, cut_probability=1.0)
 
 
 def corridor_demos(path: Path, episodes: int = 3, env_id: str = "Corridor-v0") -> Path:
@@ -709,10 +709,10 @@ def test_imitation_bootstraps_through_every_end_and_never_sees_the_reward(script
 
 
 @pytest.mark.parametrize("script", [diffail, gail_baseline])
-@pytest.mark.parametrize("steps, last", [(0, 3), (1, 4), (2, 5), (1_000, 6)])
-def test_training_goes_on_after_a_fall_as_long_as_it_is_told_to(script, steps, last, tmp_path):
+@pytest.mark.parametrize("probability, last", [(1.0, 3), (0.0, 6)])
+def test_training_goes_on_after_a_fall_for_no_step_or_until_the_time_limit(script, probability, last, tmp_path):
     args = IMITATION | dict(env_id="Fall-v0", total_timesteps=120, demos=corridor_demos(tmp_path / "demos.npz", env_id="Fall-v0"))
-    script.main(script.Args(**args | {"steps_after_termination": steps}, output_dir=tmp_path / "runs"))
+    script.main(script.Args(**args | {"cut_probability": probability}, output_dir=tmp_path / "runs"))
     (run_dir,) = (tmp_path / "runs").iterdir()
     positions = torch.load(run_dir / "checkpoint.pt", weights_only=True)["rows"][:, 3]  # of [observation, action, next_observation]
     assert torch.equal(positions, (torch.arange(120) % last + 1).float())
@@ -722,6 +722,18 @@ def test_training_goes_on_after_a_fall_as_long_as_it_is_told_to(script, steps, l
         assert [scalar.step for scalar in scalars] == list(range(last, 121, last)) and {scalar.value for scalar in scalars} == {value}
     with open(run_dir / "evaluations.csv", newline="") as file:
         assert {row["mean_length"] for row in csv.DictReader(file)} == {"3.000"}  # evaluations end where the task does
+
+
+@pytest.mark.parametrize("script", [diffail, gail_baseline])
+def test_after_a_fall_training_is_cut_in_each_step_with_the_same_probability(script, tmp_path):
+    args = IMITATION | dict(env_id="Fall-v0", demos=corridor_demos(tmp_path / "demos.npz", env_id="Fall-v0"), cut_probability=0.4)
+    args |= dict(total_timesteps=8_000, learning_starts=7_990, buffer_size=8_000, eval_every=8_000, output_dir=tmp_path / "runs")
+    script.main(script.Args(**args))
+    (path,) = (tmp_path / "runs").glob("*/checkpoint.pt")
+    positions = torch.load(path, weights_only=True)["rows"][:, 3].int()
+    lengths = positions[:-1][positions[1:] == 1]  # 3, where it is cut at the fall, to 6, the time limit
+    shares = [(lengths == length).float().mean().item() for length in (3, 4, 5, 6)]
+    assert len(lengths) > 1_500 and shares == pytest.approx([0.4, 0.24, 0.144, 0.216], abs=0.05)  # four standard errors
 
 
 def test_actions_are_scaled_to_the_bounds_and_back(tmp_path):
@@ -781,12 +793,12 @@ def test_what_the_discriminator_gets(state_only, normalize, tmp_path, monkeypatc
         data = {name: file[name][:10] for name in ("observations", "actions", "next_observations")}  # of two episodes, not three
     a = (data["actions"] - -3) / (1 - -3) * 2 - 1
     expected = np.concatenate([data["observations"], data["next_observations"] if state_only else a], 1)
-    mean, std = (expected.mean(0), expected.std(0, ddof=1)) if normalize else (0, 1)
-    expected = (expected - mean) / std
+    mean, scale = (expected.mean(0), 2 * expected.std(0, ddof=1)) if normalize else (0, 1)  # to a standard deviation of 0.5
+    expected = (expected - mean) / scale
     found = np.concatenate([expert.numpy() for _, expert, *_ in calls])
     assert {tuple(row) for row in found.round(3).tolist()} == {tuple(row) for row in expected.round(3).tolist()}
     for _, _, policy, noise, t in calls:
-        x = policy.numpy() * std + mean
+        x = policy.numpy() * scale + mean
         assert set(x[:, 0].round().astype(int).tolist()) <= set(range(5))
         if state_only:
             np.testing.assert_allclose(x[:, 2], x[:, 0] + 1, atol=1e-4)
@@ -800,7 +812,7 @@ def test_a_coordinate_that_never_moves_is_only_centred(tmp_path):
     diffail.main(diffail.Args(**args, total_timesteps=70, output_dir=tmp_path))  # one trajectory: the parity is always 0
     agent = torch.load(next(tmp_path.glob("*/checkpoint.pt")), weights_only=True)["agent"]
     np.testing.assert_allclose(agent["x_mean"], [2, 0, 3, 0])
-    np.testing.assert_allclose(agent["x_std"], [math.sqrt(2.5), 1, math.sqrt(2.5), 1], rtol=1e-6)
+    np.testing.assert_allclose(agent["x_scale"], [math.sqrt(10), 1, math.sqrt(10), 1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("script", [diffail, gail_baseline])
@@ -1404,7 +1416,7 @@ def test_the_whole_pipeline_learns_the_inverted_pendulum(tmp_path):
     recording = ["--target-return", 900, "--save-demos", demos, "--demo-episodes", 2]
     expert = run("sac_baseline.py", *small, "--total-timesteps", 20_000, *recording)
     assert expert.returncode == 0, expert.stdout + expert.stderr
-    imitation = ["--state-only", "--demos", demos, "--steps-after-termination", 0, "--hidden-dim", 64]
+    imitation = ["--state-only", "--demos", demos, "--cut-probability", 1, "--hidden-dim", 64]
     imitation += ["--discriminator-lr", 3e-4]
     for script, grad_penalty in (("diffail.py", 0.1), ("gail_baseline.py", 0.5)):
         imitator = run(script, *small, "--total-timesteps", 5000, *imitation, "--grad-penalty", grad_penalty)
@@ -1648,7 +1660,7 @@ def test_gaits_without_noise_are_those_of_the_evaluations(tmp_path):
 
 def test_values_are_counted_by_steps_after_a_fall(tmp_path):
     sizes = ["--total-timesteps", 1000, "--learning-starts", 700, "--eval-every", 10_000, "--sac-hidden-dim", 16, "--hidden-dim", 16]
-    sizes += ["--steps-after-termination", 50, "--compile", False, "--threads", 1, "--output-dir", tmp_path]
+    sizes += ["--compile", False, "--threads", 1, "--output-dir", tmp_path]
     assert run("diffail.py", "--env-id", "Hopper-v4", *sizes).returncode == 0
     (run_dir,) = tmp_path.glob("Hopper*")
     done = run("benchmark/values.py", run_dir, "--to", tmp_path / "out", "--variant", "tiny")
@@ -1658,21 +1670,24 @@ def test_values_are_counted_by_steps_after_a_fall(tmp_path):
     state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     since = []  # steps since the fall; a policy that has learned nothing falls long before the time limit
     for scalar in EventAccumulator(str(run_dir)).Reload().Scalars("charts/episodic_length"):
-        since += range(1 - int(scalar.value), 51)
+        since += range(1 - int(scalar.value), scalar.step - len(since) - int(scalar.value) + 1)
     last = state["rows"][len(since) :, 14:]  # an unfinished episode; Hopper-v4's falls: at a height of 0.7 or an angle of 0.2
     falls = ((last[:, 0] <= 0.7) | (last[:, 1].abs() >= 0.2)).nonzero().flatten().tolist()
     since = np.array([*since, *(i - falls[0] if falls else -1000 for i in range(len(last)))])
     critic, actor = diffail.TwinCritic(11, 3, 16), diffail.Actor(11, 3, 16)
     for name, network in {"critic.": critic, "actor.": actor}.items():
         network.load_state_dict({key.removeprefix(name): value for key, value in state["agent"].items() if key.startswith(name)})
-    bounds = {"before a fall": (-2000, 0), "of these the last 20": (-19, 0), "1 to 20 steps after": (1, 20)}
-    for name, (low, high) in (bounds | {"21 to 40 steps after": (21, 40), "41 to 60 steps after": (41, 60)}).items():
+    bounds = {"before a fall": (-2000, 0), "of these the last 20": (-19, 0), "more than 100 steps after": (101, 2000)}
+    bounds |= {f"{low} to {low + 19} steps after": (low, low + 19) for low in range(1, 100, 20)}
+    numbers = {name: int(((low <= since) & (since <= high)).sum()) for name, (low, high) in bounds.items()}
+    assert {name: int(row["number"]) for name, row in found.items()} == {name: n for name, n in numbers.items() if n >= 20}
+    assert len(found) > 4 and len({row["value"] for row in found.values()}) == len(found)
+    for name, row in found.items():
+        low, high = bounds[name]
         observations = state["rows"][torch.from_numpy((low <= since) & (since <= high)), :11]
-        assert int(found[name]["number"]) == len(observations) > 20 and float(found[name]["reward"]) > 0
         draws = observations.repeat(100, 1)  # many of the policy's actions for each state, where the tool takes one
         value = torch.min(*critic(draws, actor.act(draws))).mean().item()
-        assert float(found[name]["value"]) == pytest.approx(value, abs=0.02)
-    assert len(found) == 5 and len({row["value"] for row in found.values()}) == 5
+        assert float(row["value"]) == pytest.approx(value, abs=0.02) and float(row["reward"]) > 0
     assert run("diffail.py", "--env-id", "HalfCheetah-v4", *sizes).returncode == 0
     refused = run("benchmark/values.py", *tmp_path.glob("HalfCheetah*"), "--to", tmp_path / "out")
     assert refused.returncode == 2 and "HalfCheetah-v4 knows no falls" in refused.stderr and len(list((tmp_path / "out").iterdir())) == 1
