@@ -1,7 +1,7 @@
 """DiffAIL: adversarial imitation learning whose discriminator is a diffusion model, in one file.
 
 Wang et al., "DiffAIL: Diffusion Adversarial Imitation Learning", AAAI 2024, arXiv 2312.06348. x is a pair [s, a] or, with
---state-only, [s, s'], of dimension d; with --normalize (the default for Hopper alone) it is scaled by the expert's mean and std.
+--state-only, [s, s'], of dimension d; with --normalize (the default for Hopper alone) it is scaled to the expert's mean 0 and std 0.5.
 
     x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps                     forward diffusion       DiffusionDiscriminator.noised
     L(x, eps, t) = mean over d of (eps - eps_phi(x_t, t))^2         diffusion loss          DiffusionDiscriminator.diffusion_loss

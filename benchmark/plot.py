@@ -25,9 +25,10 @@ HERE = Path(__file__).parent
 BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 GREY, BROWN = "#555555", "#6B4226"
 NAMES = {"diffail": "DiffAIL", "gail_baseline": "GAIL"}
-SUMMARIZED = {("diffail", ""): "DiffAIL", ("diffail", "penalty"): "DiffAIL, λ = 0.1", ("gail_baseline", ""): "GAIL"}  # script and variant
+SUMMARIZED = {("diffail", ""): "DiffAIL", ("diffail", "fixed-cut"): "DiffAIL, fixed cut", ("gail_baseline", ""): "GAIL"}
 ENVIRONMENTS = "HalfCheetah-v4", "Ant-v4", "Hopper-v4", "Walker2d-v4"
-TEMPERATURES = {"": "alpha fixed, λ = 0", "penalty": "alpha fixed, λ = 0.1", "penalty-paper-reward": "alpha fixed, λ = 0.1, paper's reward"}
+TEMPERATURES = {"": "the defaults: alpha fixed, λ = 0", "penalty": "alpha fixed, λ = 0.1"}
+TEMPERATURES |= {"penalty-paper-reward": "alpha fixed, λ = 0.1, paper's reward"}
 TUNED = {"autotune": "--autotune"}
 TUNED |= {"autotune-until-225k": "--autotune, alpha fixed from 225k on"}
 TUNED |= {"autotune-0.3": "--autotune, target 0.3, and other changes"}
@@ -158,23 +159,22 @@ def plot_returns(runs: list[Run], paper: dict, column: str, name: str):
 
 
 def plot_overview(panels: dict[tuple, list[Run]], paper: dict):
-    """All environments and settings with one trajectory: our summarised runs and the paper's, each in per cent of its own expert."""
+    """All environments and settings with one trajectory: our defaults and the paper's, each in per cent of its own expert."""
     figure, axes = plt.subplots(len(ENVIRONMENTS), 2, figsize=(9, 12), sharey=True, layout="constrained")
     for panel, (env_id, setting) in zip(axes.flat, itertools.product(ENVIRONMENTS, ("state-action", "state-only")), strict=True):
         panel.axhline(100, color="black", lw=1.2, label="expert")
         _, paper_expert = paper_curve(paper, env_id, setting, 1, "expert")
-        for name, colour in zip(NAMES.values(), (BLUE, ORANGE), strict=True):
+        for (script, name), colour in zip(NAMES.items(), (BLUE, ORANGE), strict=True):
             steps, returns = paper_curve(paper, env_id, setting, 1, name)
             if len(steps):
                 label = f"{name} in the paper, mean of 5 seeds, smoothed"
                 panel.plot(steps / 1000, 100 * returns / paper_expert[0], linestyle=":", color=colour, lw=1.6, alpha=0.8, label=label)
-        for (kind, label), (colour, line) in zip(SUMMARIZED.items(), ((BLUE, "-"), (GREEN, "--"), (ORANGE, "-")), strict=True):
-            runs = [run for run in panels.get((env_id, setting, 1), ()) if (run.script, run.variant) == kind]
+            runs = [run for run in panels.get((env_id, setting, 1), ()) if (run.script, run.variant) == (script, "")]
             if runs:
                 n = min(len(run.columns["step"]) for run in runs)
                 shares = 100 * np.array([run.columns["mean_return"][:n] for run in runs]) / expert_return(env_id)
                 steps = runs[0].columns["step"][:n] / 1000
-                panel.plot(steps, shares.mean(0), linestyle=line, color=colour, lw=2.2, label=f"{label}, here")
+                panel.plot(steps, shares.mean(0), color=colour, lw=2.2, label=f"{name}, here")
                 panel.fill_between(steps, shares.min(0), shares.max(0), color=colour, alpha=0.18, lw=0)
         panel.set(title=f"{env_id}, {setting}", ylim=(-30, 135))
     for panel in axes[-1]:
