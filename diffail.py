@@ -375,7 +375,7 @@ class DiffAIL(nn.Module):
         if self.args.normalize:
             x = self.discriminator_input(*demonstrations)  # as it is: so far x_mean is 0 and x_scale 1
             std = x.std(0)
-            self.x_mean, self.x_scale = x.mean(0), (2 * std).masked_fill(std < 1e-6, 1.0)  # what never moves is only centred
+            self.x_mean, self.x_scale = x.mean(0), std.masked_fill(std < 1e-6, 1.0)  # what never moves is only centred
         return self.discriminator_input(*demonstrations)
 
     def update(self, expert_x: Tensor, buffer: ReplayBuffer) -> dict[str, Tensor]:
