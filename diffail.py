@@ -371,7 +371,7 @@ class DiffAIL(nn.Module):
         The diffusion's noise has the same scale in all coordinates, up to 0.3 at t = T: one that moves less, as Hopper's torso angle
         by 0.05, is lost in it. Without scaling our Hopper learned to hop as the expert does, but leaning over too far. With a std of 1
         the noise is so little that a slow hop and a somewhat faster one are both surely not the expert's, and the reward has no slope:
-        one of two seeds stayed there. 0.5 is that of the data in Karras et al. 2022."""
+        one of two seeds stayed there for long. 0.5 is that of the data in Karras et al. 2022."""
         if self.args.normalize:
             x = self.discriminator_input(*demonstrations)  # as it is: so far x_mean is 0 and x_scale 1
             std = x.std(0)
