@@ -253,6 +253,13 @@ def peak_memory(script: str, device: str, options: dict) -> float:
         return peak / 1024
 
 
+def write(path: Path | None, rows: list[list]):
+    """What has been measured so far, if a file is wanted: the whole takes long, and what is cut short keeps its figures."""
+    if path:
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([["device", "threads", "program", "stage", "milliseconds"], *rows])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -309,19 +316,19 @@ def main():
             rows += [[options.device, threads, name, stage, f"{value:.4f}"] for stage, value in values.items()]
         for stage, value in {"step": sb3_step, "whole program": sb3_whole}.items():
             rows.append([options.device, threads, "Stable-Baselines3 SAC", stage, f"{value:.4f}"])
+    write(options.output, rows)
     print()
     for processes in (1, 8, 16) if device.type == "cuda" else ():
         rate = side_by_side(*runs["diffail.py"], options.device, processes)
         rows.append([options.device, 1, f"diffail.py, {processes} processes", "whole program", f"{1e3 / rate:.4f}"])
         print(f"diffail.py, {processes} processes at a time: {rate:.0f} steps per second in all", flush=True)
+        write(options.output, rows)
     with ThreadPoolExecutor() as pool:
         peaks = pool.map(lambda run: peak_memory(run[0], options.device, run[1]), runs.values())
     for name, memory in zip(runs, peaks):
         rows.append([options.device, 1, name, "peak memory MiB", f"{memory:.0f}"])
         print(f"{name:30}{memory:8.0f} MiB at most")
-    if options.output:
-        with open(options.output, "w", newline="") as file:
-            csv.writer(file).writerows([["device", "threads", "program", "stage", "milliseconds"], *rows])
+    write(options.output, rows)
 
 
 if __name__ == "__main__":
