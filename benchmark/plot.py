@@ -4,13 +4,14 @@
     python benchmark/plot.py
 
 A result is called ENV__SCRIPT__SETTING__NUMBERtraj__sSEED.csv, or ...__VARIANT.csv where it was not made with the defaults.
-overview.png has all environments and settings, in per cent of the expert's return. Further figures have DiffAIL's variants, the returns of
-the training episodes, the temperature where there are runs with and without --autotune, and the correlation of surrogate and true return
-where there are runs of both DiffAIL and GAIL.
+overview.png has all environments and settings, in per cent of the expert's return. Further figures have DiffAIL's variants, a panel for
+each, in evaluations and in training episodes, the temperature where there are runs with and without --autotune, and the correlation of
+surrogate and true return where there are runs of both DiffAIL and GAIL.
 """
 import csv
 import itertools
 import json
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,6 @@ TUNED |= {"autotune-0.3": "--autotune, target 0.3, and other changes"}
 TUNED |= {"capped": "--autotune, alpha at most 0.06, λ = 0"}
 TEMPERATURES |= TUNED
 STYLES = [(BLUE, "-"), (ORANGE, "--"), (PURPLE, "-."), (GREEN, (0, (5, 1, 1, 1, 1, 1))), (SKY, (0, (8, 2))), (AMBER, (0, (2, 1)))]
-STYLES += [(BROWN, (0, (4, 1)))]
 NAMED = {"env", "setting", "algorithm", "transitions"}  # columns that are no numbers
 ALIKE = 0.05  # an evaluation whose episodes' returns have a standard deviation below this part of the expert's return
 
@@ -91,13 +91,18 @@ def paper_curve(paper: dict, env_id: str, setting: str, trajectories: int, algor
     return paper["step"][rows] + 15_000, paper["mean_return"][rows]
 
 
+def seeds_of(runs: list[Run]) -> str:
+    """Their seeds, in words."""
+    return f"{'seed' if len(runs) == 1 else 'seeds'} {', '.join(str(run.seed) for run in runs)}"
+
+
 def plot_group(axes: plt.Axes, runs: list[Run], column: str, style: tuple, label: str):
     """One line: the mean over the seeds as far as all of them have come, and, with several, a band from the least to the greatest."""
     n = min(len(run.columns["step"]) for run in runs)
     values = np.array([run.columns[column][:n] for run in runs])
     steps, (colour, line) = runs[0].columns["step"][:n], style
     assert all((run.columns["step"][:n] == steps).all() for run in runs), f"{label}: evaluations at other steps"
-    label += f", {'seed' if len(runs) == 1 else 'seeds'} {', '.join(str(run.seed) for run in runs)}"
+    label += f", {seeds_of(runs)}"
     if not all(run.finished and len(run.columns["step"]) == n for run in runs):
         label += f", first {steps[-1] / 1000:.0f}k steps"
     axes.plot(steps / 1000, values.mean(0), linestyle=line, color=colour, lw=2.2, label=label, marker="o" if n == 1 else None)
@@ -142,20 +147,50 @@ def mark_expert(axes: plt.Axes, env_id: str):
     axes.axhline(expert, color="black", lw=1.2, label=f"expert, {expert:.0f}")
 
 
-def plot_returns(runs: list[Run], paper: dict, column: str, name: str):
-    """Learning curves of one environment and setting, with the expert's line and, beside evaluations, the paper's curves."""
-    figure, axes = plt.subplots(figsize=(7, 5.9), layout="constrained")
-    mark_expert(axes, runs[0].env_id)
-    for algorithm, line in (("DiffAIL", (0, (1, 1))), ("GAIL", (0, (1, 4)))) if column == "mean_return" else ():
-        steps, returns = paper_curve(paper, *runs[0].cell, algorithm)
+def plot_paper(axes: plt.Axes, paper: dict, cell: tuple, algorithms: dict[str, tuple]):
+    """The paper's curves in one environment, setting and number of trajectories; algorithms: by name, the line's style."""
+    for algorithm, line in algorithms.items():
+        steps, returns = paper_curve(paper, *cell, algorithm)
         if len(steps):
             label = f"{algorithm} in the paper, mean of 5 seeds, smoothed"
             axes.plot(steps / 1000, returns, linestyle=line, color=GREY, lw=2.2, label=label)
-    for style, (label, seeds) in zip(itertools.cycle(STYLES), groups(runs).items(), strict=False):
-        plot_group(axes, seeds, column, style, label)
-    ylabel = "return" if column == "mean_return" else "return of training episodes"
-    axes.set(xlabel="environment steps (thousands)", ylabel=ylabel, title=title(runs[0]))
+
+
+def plot_returns(runs: list[Run], paper: dict, name: str):
+    """Learning curves of one environment and setting, with the expert's line and the paper's curves."""
+    figure, axes = plt.subplots(figsize=(7, 5.9), layout="constrained")
+    mark_expert(axes, runs[0].env_id)
+    plot_paper(axes, paper, runs[0].cell, {"DiffAIL": (0, (1, 1)), "GAIL": (0, (1, 4))})
+    for style, (label, seeds) in zip(STYLES, groups(runs).items(), strict=False):
+        plot_group(axes, seeds, "mean_return", style, label)
+    axes.set(xlabel="environment steps (thousands)", ylabel="return", title=title(runs[0]))
     finish(figure, [axes], f"{name}.png")
+
+
+def plot_variants(runs: list[Run], paper: dict, column: str, name: str):
+    """DiffAIL's variants in one environment and setting, a panel for each, beside the defaults and, for evaluations, the paper's curve."""
+    labelled = groups(runs)
+    defaults = labelled.pop(NAMES["diffail"], [])
+    rows = math.ceil(len(labelled) / 2)
+    figure, panels = plt.subplots(rows, 2, figsize=(9, 1.9 + 2.4 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained")
+    for axes, seeds in zip(panels.flat, labelled.values(), strict=False):
+        mark_expert(axes, runs[0].env_id)
+        if column == "mean_return":
+            plot_paper(axes, paper, runs[0].cell, {"DiffAIL": (0, (1, 1))})
+        if defaults:
+            plot_group(axes, defaults, column, (BLUE, "-"), "DiffAIL, the defaults")
+        plot_group(axes, seeds, column, (ORANGE, "--"), "the variant")
+        axes.lines[-1].set_label("the variant")
+        axes.set_title(f"{seeds[0].variant}, {seeds_of(seeds)}", fontsize=12)
+    for axes in panels.flat[len(labelled) :]:
+        axes.set_axis_off()
+    figure.suptitle(title(runs[0]) + (", training episodes" if column == "training_return" else ""))
+    for axes in panels.flat[max(len(labelled) - 2, 0) : len(labelled)]:  # the lowest one of each column
+        axes.set_xlabel("environment steps (thousands)")
+        axes.tick_params(labelbottom=True)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("return")
+    finish(figure, list(panels.flat[: len(labelled)]), f"{name}.png")
 
 
 def plot_overview(panels: dict[tuple, list[Run]], paper: dict):
@@ -297,12 +332,11 @@ def main():
         name = f"{env_id}__{setting}__{trajectories}traj"
         defaults = [run for run in members if run.variant == ""]
         if defaults:
-            plot_returns(defaults, paper, "mean_return", name)
-        if len(defaults) < len(members):
-            plot_returns([run for run in members if run.script == "diffail"], paper, "mean_return", f"{name}__variants")
-        explored = [run for run in members if run.script == "diffail" and "training_return" in run.columns]
-        if explored:
-            plot_returns(explored, paper, "training_return", f"{name}__training")
+            plot_returns(defaults, paper, name)
+        explored = [run for run in members if run.script == "diffail"]
+        if any(run.variant for run in explored):
+            plot_variants(explored, paper, "mean_return", f"{name}__variants")
+            plot_variants([run for run in explored if run.training], paper, "training_return", f"{name}__training")
         tuned = [run for run in (*members, *tried) if run.script == "diffail" and run.variant in TEMPERATURES]
         tuned = [run for run in tuned if (*run.cell, run.seed) == (env_id, setting, trajectories, 1)]
         if any(run.variant in TUNED for run in tuned):
