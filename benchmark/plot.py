@@ -92,8 +92,10 @@ def paper_curve(paper: dict, env_id: str, setting: str, trajectories: int, algor
 
 
 def seeds_of(runs: list[Run]) -> str:
-    """Their seeds, in words."""
-    return f"{'seed' if len(runs) == 1 else 'seeds'} {', '.join(str(run.seed) for run in runs)}"
+    """Their seeds, and how far all of them have come if not all are finished, in words."""
+    words = f"{'seed' if len(runs) == 1 else 'seeds'} {', '.join(str(run.seed) for run in runs)}"
+    end = min(run.columns["step"][-1] for run in runs)
+    return words if all(run.finished and run.columns["step"][-1] == end for run in runs) else f"{words}, first {end / 1000:.0f}k steps"
 
 
 def plot_group(axes: plt.Axes, runs: list[Run], column: str, style: tuple, label: str):
@@ -102,9 +104,6 @@ def plot_group(axes: plt.Axes, runs: list[Run], column: str, style: tuple, label
     values = np.array([run.columns[column][:n] for run in runs])
     steps, (colour, line) = runs[0].columns["step"][:n], style
     assert all((run.columns["step"][:n] == steps).all() for run in runs), f"{label}: evaluations at other steps"
-    label += f", {seeds_of(runs)}"
-    if not all(run.finished and len(run.columns["step"]) == n for run in runs):
-        label += f", first {steps[-1] / 1000:.0f}k steps"
     axes.plot(steps / 1000, values.mean(0), linestyle=line, color=colour, lw=2.2, label=label, marker="o" if n == 1 else None)
     if len(runs) > 1:
         axes.fill_between(steps / 1000, values.min(0), values.max(0), color=colour, alpha=0.18, lw=0)
@@ -162,7 +161,7 @@ def plot_returns(runs: list[Run], paper: dict, name: str):
     mark_expert(axes, runs[0].env_id)
     plot_paper(axes, paper, runs[0].cell, {"DiffAIL": (0, (1, 1)), "GAIL": (0, (1, 4))})
     for style, (label, seeds) in zip(STYLES, groups(runs).items(), strict=False):
-        plot_group(axes, seeds, "mean_return", style, label)
+        plot_group(axes, seeds, "mean_return", style, f"{label}, {seeds_of(seeds)}")
     axes.set(xlabel="environment steps (thousands)", ylabel="return", title=title(runs[0]))
     finish(figure, [axes], f"{name}.png")
 
@@ -178,9 +177,8 @@ def plot_variants(runs: list[Run], paper: dict, column: str, name: str):
         if column == "mean_return":
             plot_paper(axes, paper, runs[0].cell, {"DiffAIL": (0, (1, 1))})
         if defaults:
-            plot_group(axes, defaults, column, (BLUE, "-"), "DiffAIL, the defaults")
+            plot_group(axes, defaults, column, (BLUE, "-"), f"DiffAIL, the defaults, {seeds_of(defaults)}")
         plot_group(axes, seeds, column, (ORANGE, "--"), "the variant")
-        axes.lines[-1].set_label("the variant")
         axes.set_title(f"{seeds[0].variant}, {seeds_of(seeds)}", fontsize=12)
     for axes in panels.flat[len(labelled) :]:
         axes.set_axis_off()
@@ -333,10 +331,10 @@ def main():
         defaults = [run for run in members if run.variant == ""]
         if defaults:
             plot_returns(defaults, paper, name)
-        explored = [run for run in members if run.script == "diffail"]
-        if any(run.variant for run in explored):
-            plot_variants(explored, paper, "mean_return", f"{name}__variants")
-            plot_variants([run for run in explored if run.training], paper, "training_return", f"{name}__training")
+        for column, figure in (("mean_return", "variants"), ("training_return", "training")):
+            explored = [run for run in members if run.script == "diffail" and column in run.columns]
+            if any(run.variant for run in explored):
+                plot_variants(explored, paper, column, f"{name}__{figure}")
         tuned = [run for run in (*members, *tried) if run.script == "diffail" and run.variant in TEMPERATURES]
         tuned = [run for run in tuned if (*run.cell, run.seed) == (env_id, setting, trajectories, 1)]
         if any(run.variant in TUNED for run in tuned):

@@ -254,7 +254,7 @@ def peak_memory(script: str, device: str, options: dict) -> float:
 
 
 def write(path: Path | None, rows: list[list]):
-    """What has been measured so far, if a file is wanted: the whole takes long, and what is cut short keeps its figures."""
+    """What has been measured so far, if a file is wanted: what comes after the rounds takes long too, and may be cut short."""
     if path:
         with open(path, "w", newline="") as file:
             csv.writer(file).writerows([["device", "threads", "program", "stage", "milliseconds"], *rows])
