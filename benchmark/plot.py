@@ -171,7 +171,7 @@ def plot_variants(runs: list[Run], paper: dict, column: str, name: str):
     labelled = groups(runs)
     defaults = labelled.pop(NAMES["diffail"], [])
     rows = math.ceil(len(labelled) / 2)
-    figure, panels = plt.subplots(rows, 2, figsize=(9, 1.9 + 2.4 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(rows, 2, figsize=(9, 1.9 + 2.6 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained")
     for axes, seeds in zip(panels.flat, labelled.values(), strict=False):
         mark_expert(axes, runs[0].env_id)
         if column == "mean_return":
@@ -179,7 +179,7 @@ def plot_variants(runs: list[Run], paper: dict, column: str, name: str):
         if defaults:
             plot_group(axes, defaults, column, (BLUE, "-"), f"DiffAIL, the defaults, {seeds_of(defaults)}")
         plot_group(axes, seeds, column, (ORANGE, "--"), "the variant")
-        axes.set_title(f"{seeds[0].variant}, {seeds_of(seeds)}", fontsize=12)
+        axes.set_title(f"{seeds[0].variant}\n{seeds_of(seeds)}", fontsize=12)
     for axes in panels.flat[len(labelled) :]:
         axes.set_axis_off()
     figure.suptitle(title(runs[0]) + (", training episodes" if column == "training_return" else ""))
