@@ -12,7 +12,8 @@ Wang et al., "DiffAIL: Diffusion Adversarial Imitation Learning", AAAI 2024, arX
              or, as the paper prints it, with --reward-form paper, -log(1 - exp(-mean over t of L))
     max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_loss, actor_loss
 
-The policy's samples are the replay buffer's. The losses take one random t and eps for each sample; only the reward averages over all t.
+The policy's samples are the replay buffer's, for the discriminator its last ones alone with --discriminator-window. The losses take one
+random t and eps for each sample; only the reward averages over all t.
 The penalty, lambda being --grad-penalty, is taken at random points between a sample of the expert's and one of the policy's; it is the
 default for Hopper alone. c is --reward-scale; alpha is constant, unless --autotune has actor_loss tune it. The actor's loss has a small
 regulariser, as in the released code.
@@ -91,6 +92,7 @@ class Args:
     learning_starts: int = 5_000  # uniformly random steps before the first update
     batch_size: int = 256  # samples per update, of the expert and of the policy
     buffer_size: int = 1_000_000  # transitions in the replay buffer
+    discriminator_window: int | None = None  # only the last so many of these are the discriminator's; None: all, as released
     sac_hidden_dim: int = 256  # units in each of the two hidden layers of actor and critics
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # step of the target critics towards the critics
@@ -291,21 +293,22 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, widths: tuple[int, ...], device: torch.device):
         self.rows = torch.empty(capacity, sum(widths), device=device)
-        self.size = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured CUDA graph reads it there
+        self.added = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured CUDA graph reads it there
         self.widths, self.position = widths, 0
 
     def add(self, *parts: np.ndarray):
         """Store one transition: one vector for each of the widths."""
         row = torch.from_numpy(np.concatenate(parts, dtype=np.float32))
         self.rows[self.position] = row.to(self.rows.device, non_blocking=True)
-        self.size += self.size < len(self.rows)
+        self.added += 1
         self.position = (self.position + 1) % len(self.rows)
 
-    def sample(self, batch_size: int) -> tuple[Tensor, ...]:
-        """Uniform transitions with replacement: one tensor [batch_size, width] for each of the widths."""
+    def sample(self, batch_size: int, window: int | None = None) -> tuple[Tensor, ...]:
+        """Uniform transitions with replacement, of all or of the last `window`: one tensor [batch_size, width] for each of the widths."""
+        count = self.added.clamp(max=min(window or len(self.rows), len(self.rows)))
         # randint would need its bound on the host, which would wait for the GPU. The remainder's bias is below 1e-12.
-        rows = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.size
-        return self.rows[rows].split(self.widths, dim=1)
+        rows = self.added - count + torch.randint(2**62, (batch_size,), device=self.rows.device) % count
+        return self.rows[rows % len(self.rows)].split(self.widths, dim=1)
 
 
 # --------------------------------------------------------------------------------------------------------------- DiffAIL
@@ -389,7 +392,7 @@ class DiffAIL(nn.Module):
         # Another minibatch, for the discriminator. From here on it and SAC need nothing of each other: a GPU does both at a time,
         # which takes a quarter off an H200's step, with the penalty.
         expert = expert_x[torch.randint(len(expert_x), (args.batch_size,), device=expert_x.device)]
-        policy = self.discriminator_input(*buffer.sample(args.batch_size))
+        policy = self.discriminator_input(*buffer.sample(args.batch_size, args.discriminator_window))
         side_stream = torch.cuda.Stream() if x.is_cuda else None
         if side_stream:
             side_stream.wait_stream(torch.cuda.current_stream())
@@ -632,8 +635,8 @@ def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dic
             fail(f"{path} was made with another {', '.join(changed)}; --resume needs the same arguments")
         for name, part in learned.items():
             part.load_state_dict(state[name])
-        buffer.position = state["position"]
-        buffer.size.fill_(len(state["rows"]))
+        buffer.position = state["added"] % len(buffer.rows)
+        buffer.added.fill_(state["added"])
         buffer.rows[: len(state["rows"])] = state["rows"]
         torch.set_rng_state(state["rng"].cpu())
         if buffer.rows.is_cuda and state["device_rng"] is not None:  # a run that moved here from a CPU has none
@@ -759,8 +762,8 @@ def main(args: Args):
             "wall_time": time.perf_counter() - clock,
             "rng": torch.get_rng_state(),
             "device_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-            "rows": buffer.rows[: int(buffer.size)].clone(),  # a view would be saved with all that is behind it
-            "position": buffer.position,
+            "rows": buffer.rows[: int(buffer.added)].clone(),  # a view would be saved with all that is behind it
+            "added": int(buffer.added),
         }
         write_file(checkpoint_path, lambda file: torch.save(state, file))
 

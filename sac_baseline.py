@@ -157,21 +157,22 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, widths: tuple[int, ...], device: torch.device):
         self.rows = torch.empty(capacity, sum(widths), device=device)
-        self.size = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured CUDA graph reads it there
+        self.added = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured CUDA graph reads it there
         self.widths, self.position = widths, 0
 
     def add(self, *parts: np.ndarray):
         """Store one transition: one vector for each of the widths."""
         row = torch.from_numpy(np.concatenate(parts, dtype=np.float32))
         self.rows[self.position] = row.to(self.rows.device, non_blocking=True)
-        self.size += self.size < len(self.rows)
+        self.added += 1
         self.position = (self.position + 1) % len(self.rows)
 
-    def sample(self, batch_size: int) -> tuple[Tensor, ...]:
-        """Uniform transitions with replacement: one tensor [batch_size, width] for each of the widths."""
+    def sample(self, batch_size: int, window: int | None = None) -> tuple[Tensor, ...]:
+        """Uniform transitions with replacement, of all or of the last `window`: one tensor [batch_size, width] for each of the widths."""
+        count = self.added.clamp(max=min(window or len(self.rows), len(self.rows)))
         # randint would need its bound on the host, which would wait for the GPU. The remainder's bias is below 1e-12.
-        rows = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.size
-        return self.rows[rows].split(self.widths, dim=1)
+        rows = self.added - count + torch.randint(2**62, (batch_size,), device=self.rows.device) % count
+        return self.rows[rows % len(self.rows)].split(self.widths, dim=1)
 
 
 def can_compile() -> bool:
@@ -415,8 +416,8 @@ def load_checkpoint(path: Path, learned: dict, buffer: ReplayBuffer, config: dic
             fail(f"{path} was made with another {', '.join(changed)}; --resume needs the same arguments")
         for name, part in learned.items():
             part.load_state_dict(state[name])
-        buffer.position = state["position"]
-        buffer.size.fill_(len(state["rows"]))
+        buffer.position = state["added"] % len(buffer.rows)
+        buffer.added.fill_(state["added"])
         buffer.rows[: len(state["rows"])] = state["rows"]
         torch.set_rng_state(state["rng"].cpu())
         if buffer.rows.is_cuda and state["device_rng"] is not None:  # a run that moved here from a CPU has none
@@ -538,8 +539,8 @@ def main(args: Args):
             "wall_time": time.perf_counter() - clock,
             "rng": torch.get_rng_state(),
             "device_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-            "rows": buffer.rows[: int(buffer.size)].clone(),  # a view would be saved with all that is behind it
-            "position": buffer.position,
+            "rows": buffer.rows[: int(buffer.added)].clone(),  # a view would be saved with all that is behind it
+            "added": int(buffer.added),
         }
         write_file(checkpoint_path, lambda file: torch.save(state, file))
 

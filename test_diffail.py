@@ -437,12 +437,13 @@ def test_replay_buffer_returns_what_was_stored_and_forgets_the_oldest():
     buffer = diffail.ReplayBuffer(4, (2, 1), torch.device("cpu"))
     for i in range(6):
         buffer.add(np.array([i, 10 * i], np.float32), np.array([100.0 * i]))
-        assert buffer.size == min(i + 1, 4)
-    a, b = buffer.sample(2000)
-    assert set(a[:, 0].tolist()) == {2, 3, 4, 5}
-    assert torch.equal(a[:, 1], 10 * a[:, 0]) and torch.equal(b[:, 0], 100 * a[:, 0])
-    counts = torch.bincount(a[:, 0].long())[2:]
-    assert (counts > 400).all()  # uniform: 500 each
+        for window in (None, 1, 2, 3, 9):
+            a, b = buffer.sample(2000, window)
+            assert torch.equal(a[:, 1], 10 * a[:, 0]) and torch.equal(b[:, 0], 100 * a[:, 0])
+            oldest = max(0, i + 1 - min(window or 4, 4))
+            counts = torch.bincount(a[:, 0].long())
+            assert len(counts) == i + 1 and not counts[:oldest].any()
+            assert (counts[oldest:] > 0.8 * 2000 / (i + 1 - oldest)).all()  # uniform
 
 
 # ------------------------------------------------------------------------------------------------ one whole update
@@ -457,8 +458,8 @@ def plain_update(agent: diffail.DiffAIL, expert_x: torch.Tensor, buffer: diffail
     def randn(*shape):
         return torch.randn(*shape, device=device).double()
 
-    def sample():
-        o, a, o_next = (part.double() for part in buffer.sample(batch))
+    def sample(window=None):
+        o, a, o_next = (part.double() for part in buffer.sample(batch, window))
         return o, a, o_next, torch.cat([o, o_next if args.state_only else a], 1)
 
     def adam(optimizer, names, loss):
@@ -488,7 +489,7 @@ def plain_update(agent: diffail.DiffAIL, expert_x: torch.Tensor, buffer: diffail
     losses["surrogate_reward"], losses["alpha"] = rewards.mean(), wide.log_alpha.exp().detach()
 
     expert = expert_x[torch.randint(len(expert_x), (batch,), device=device)].double()
-    policy = sample()[3]
+    policy = sample(args.discriminator_window)[3]
     noise, t = randn(2 * batch, d), torch.randint(STEPS, (2 * batch,), device=device)
     d_expert = torch.exp(-reference_loss(wide.discriminator, expert, noise[:batch], t[:batch]))
     d_policy = torch.exp(-reference_loss(wide.discriminator, policy, noise[batch:], t[batch:]))
@@ -557,18 +558,24 @@ def test_gradients_may_come_in_any_layout(script):
 )
 def test_an_update_is_that_of_the_plain_algorithm(state_only, form, autotune, compiled, device):
     device, sizes = torch.device(device), dict(hidden_dim=32, sac_hidden_dim=32, batch_size=64)
-    args = diffail.Args(state_only=state_only, reward_form=form, autotune=autotune, compile=compiled, alpha=0.05, grad_penalty=0.1, **sizes)
+    others = dict(alpha=0.05, grad_penalty=0.1, discriminator_window=50)
+    args = diffail.Args(state_only=state_only, reward_form=form, autotune=autotune, compile=compiled, **others, **sizes)
     agent = diffail.DiffAIL(5, 2, args, device)
     for parameter in agent.target_critic.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))  # away from the critics, so that the step towards them shows
     buffer = diffail.ReplayBuffer(500, (5, 2, 5), device)
-    for _ in range(300):
+
+    def add():
         buffer.add(*(np.tanh(np.random.default_rng(buffer.position).normal(size=n)) for n in (5, 2, 5)))
+
+    for _ in range(300):
+        add()
     expert_x = torch.randn(100, 10 if state_only else 7, device=device)
     update = partial(agent.update, expert_x, buffer)
     if device.type == "cuda":  # the first three as they are, from the fourth on by the graph
         update = partial(next, diffail.graphed(update))
     for _ in range(5):
+        add()  # so that the last transitions, which are the discriminator's, are others each time
         rng = torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state()
         losses, updated = plain_update(agent, expert_x, buffer)
         (torch.set_rng_state if device.type == "cpu" else torch.cuda.set_rng_state)(rng)
@@ -591,7 +598,7 @@ def test_a_compiled_update_is_the_uncompiled_one(script):
     kind, extra = (gail_baseline.GAIL, dict(alpha=0.05, grad_penalty=4.0)) if script is gail_baseline else (sac_baseline.SAC, {})
     agents, buffer = [], script.ReplayBuffer(500, (5, 2, 5) if script is gail_baseline else (5, 2, 5, 1, 1), torch.device("cpu"))
     buffer.rows.uniform_(0, 1)
-    buffer.size.fill_(500)
+    buffer.added.fill_(500)
     learner = [torch.rand(100, 7)] if script is gail_baseline else []
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -858,7 +865,7 @@ def test_two_threads_compute_the_same_each_time():
     torch.set_num_threads(2)
     agents, buffer = [], diffail.ReplayBuffer(500, (17, 6, 17), torch.device("cpu"))
     buffer.rows.uniform_(0, 1)
-    buffer.size.fill_(500)
+    buffer.added.fill_(500)
     expert_x = torch.rand(100, 34)
     for _ in range(2):
         torch.manual_seed(0)

@@ -55,7 +55,7 @@ def main():
     state, agent, env, demos = load_run(run_dir)
     (o,), (a,), args = env.observation_space.shape, env.action_space.shape, agent.args
     expert = map(torch.from_numpy, demos.values())
-    rows = state["rows"].roll(-state["position"], 0)  # from the oldest to the newest, in a full ring buffer too
+    rows = state["rows"].roll(-state["added"], 0)  # from the oldest to the newest, in a full ring buffer too
     random = max(0, args.learning_starts - (state["step"] - len(rows)))
     stored = rows[random:].split((o, a, o), dim=1)
     place, table = FORWARD_VELOCITY[args.env_id], [["transitions", "velocity", "number", "released", "paper", "diffusion_loss"]]

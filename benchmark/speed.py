@@ -81,7 +81,7 @@ class Program:
             demos = [torch.from_numpy(file[name][:STORED]).to(device) for name in ("observations", "actions", "next_observations")]
         rows = torch.cat([part + 0.1 * torch.randn_like(part) for part in demos], dim=1)
         buffer.rows[:STORED] = torch.nn.functional.pad(rows, (0, sum(widths) - rows.shape[1]))
-        buffer.size.fill_(STORED)
+        buffer.added.fill_(STORED)
         buffer.position = STORED
         observation, _ = env.reset(seed=0)
         first = [part[:1000] for part in demos]  # one demonstration

@@ -38,7 +38,7 @@ def main():
     if not hasattr(env.unwrapped, "is_healthy"):
         parser.error(f"{agent.args.env_id} knows no falls")
     (o,), (a,), args = env.observation_space.shape, env.action_space.shape, agent.args
-    rows = state["rows"].roll(-state["position"], 0)  # from the oldest to the newest, in a full ring buffer too
+    rows = state["rows"].roll(-state["added"], 0)  # from the oldest to the newest, in a full ring buffer too
     transitions = observations, _, next_observations = rows[:, : o + a + o].split((o, a, o), dim=1)
     edges = [0] * (state["step"] == len(rows))  # a full ring buffer begins within an episode, which is left out
     edges += [*(1 + (next_observations[:-1] != observations[1:]).any(1).nonzero()[:, 0]).tolist(), len(rows)]
