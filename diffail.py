@@ -91,6 +91,7 @@ class Args:
     learning_starts: int = 5_000  # uniformly random steps before the first update
     batch_size: int = 256  # samples per update, of the expert and of the policy
     buffer_size: int = 1_000_000  # transitions in the replay buffer
+    discriminator_window: int = 1_000_000  # the last transitions, from which the discriminator's samples of the policy are
     sac_hidden_dim: int = 256  # units in each of the two hidden layers of actor and critics
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # step of the target critics towards the critics
@@ -301,6 +302,11 @@ class ReplayBuffer:
         self.size += self.size < len(self.rows)
         self.position = (self.position + 1) % len(self.rows)
 
+    def sample_last(self, batch_size: int, last: int) -> tuple[Tensor, ...]:
+        """As `sample`, from the `last` transitions alone."""
+        age = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.size.clamp(max=last)
+        return self.rows[(self.position - 1 - age) % len(self.rows)].split(self.widths, dim=1)
+
     def sample(self, batch_size: int) -> tuple[Tensor, ...]:
         """Uniform transitions with replacement: one tensor [batch_size, width] for each of the widths."""
         # randint would need its bound on the host, which would wait for the GPU. The remainder's bias is below 1e-12.
@@ -389,7 +395,7 @@ class DiffAIL(nn.Module):
         # Another minibatch, for the discriminator. From here on it and SAC need nothing of each other: a GPU does both at a time,
         # which takes a quarter off an H200's step, with the penalty.
         expert = expert_x[torch.randint(len(expert_x), (args.batch_size,), device=expert_x.device)]
-        policy = self.discriminator_input(*buffer.sample(args.batch_size))
+        policy = self.discriminator_input(*buffer.sample_last(args.batch_size, args.discriminator_window))
         side_stream = torch.cuda.Stream() if x.is_cuda else None
         if side_stream:
             side_stream.wait_stream(torch.cuda.current_stream())
