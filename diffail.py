@@ -12,8 +12,8 @@ Wang et al., "DiffAIL: Diffusion Adversarial Imitation Learning", AAAI 2024, arX
              or, as the paper prints it, with --reward-form paper, -log(1 - exp(-mean over t of L))
     max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_loss, actor_loss
 
-The policy's samples are the replay buffer's, for the discriminator its last ones alone with --discriminator-window. The losses take one
-random t and eps for each sample; only the reward averages over all t.
+The policy's samples are the replay buffer's; with --discriminator-window the discriminator learns from the last of them alone. The losses
+take one random t and eps for each sample; only the reward averages over all t.
 The penalty, lambda being --grad-penalty, is taken at random points between a sample of the expert's and one of the policy's; it is the
 default for Hopper alone. c is --reward-scale; alpha is constant, unless --autotune has actor_loss tune it. The actor's loss has a small
 regulariser, as in the released code.
@@ -87,12 +87,12 @@ class Args:
     reward_form: Literal["released", "paper"] = "released"  # D: mean of exp(-squared error), or exp(-mean L), which needs a lower --alpha
     reward_scale: float = 2.0  # factor on the surrogate reward
     discriminator_lr: float = 3e-5  # Adam learning rate of the discriminator
+    discriminator_window: int | None = None  # of the policy's transitions only the last so many; None: the replay buffer's, as released
 
     # SAC
     learning_starts: int = 5_000  # uniformly random steps before the first update
     batch_size: int = 256  # samples per update, of the expert and of the policy
     buffer_size: int = 1_000_000  # transitions in the replay buffer
-    discriminator_window: int | None = None  # only the last so many of these are the discriminator's; None: all, as released
     sac_hidden_dim: int = 256  # units in each of the two hidden layers of actor and critics
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # step of the target critics towards the critics
@@ -293,7 +293,7 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, widths: tuple[int, ...], device: torch.device):
         self.rows = torch.empty(capacity, sum(widths), device=device)
-        self.added = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured CUDA graph reads it there
+        self.added = torch.zeros((), dtype=torch.int64, device=device)  # ever; on the device, where a captured CUDA graph reads it
         self.widths, self.position = widths, 0
 
     def add(self, *parts: np.ndarray):

@@ -81,12 +81,12 @@ class Args:
     reward_form: Literal["released", "paper"] = "released"  # log D as in the DiffAIL authors' GAIL, or -log(1 - D) as in GAIL's paper
     reward_scale: float = 2.0  # factor on the surrogate reward
     discriminator_lr: float = 3e-4  # Adam learning rate of the discriminator
+    discriminator_window: int | None = None  # of the policy's transitions only the last so many; None: the replay buffer's, as released
 
     # SAC
     learning_starts: int = 5_000  # uniformly random steps before the first update
     batch_size: int = 256  # samples per update, of the expert and of the policy
     buffer_size: int = 1_000_000  # transitions in the replay buffer
-    discriminator_window: int | None = None  # only the last so many of these are the discriminator's; None: all, as released
     sac_hidden_dim: int = 256  # units in each of the two hidden layers of actor and critics
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # step of the target critics towards the critics
@@ -211,7 +211,7 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, widths: tuple[int, ...], device: torch.device):
         self.rows = torch.empty(capacity, sum(widths), device=device)
-        self.added = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured CUDA graph reads it there
+        self.added = torch.zeros((), dtype=torch.int64, device=device)  # ever; on the device, where a captured CUDA graph reads it
         self.widths, self.position = widths, 0
 
     def add(self, *parts: np.ndarray):

@@ -157,7 +157,7 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, widths: tuple[int, ...], device: torch.device):
         self.rows = torch.empty(capacity, sum(widths), device=device)
-        self.added = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured CUDA graph reads it there
+        self.added = torch.zeros((), dtype=torch.int64, device=device)  # ever; on the device, where a captured CUDA graph reads it
         self.widths, self.position = widths, 0
 
     def add(self, *parts: np.ndarray):

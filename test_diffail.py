@@ -591,6 +591,22 @@ def test_an_update_is_that_of_the_plain_algorithm(state_only, form, autotune, co
                 np.testing.assert_allclose(parameter.grad.cpu(), gradient.cpu(), rtol=1e-4, atol=1e-5 * largest + 1e-9, err_msg=name)
 
 
+@pytest.mark.parametrize("script", [diffail, gail_baseline], ids=lambda script: script.__name__)
+def test_the_window_is_the_discriminators_alone(script):
+    kind = script.DiffAIL if script is diffail else script.GAIL
+    args = script.Args(discriminator_window=50, batch_size=512, alpha=0.05, grad_penalty=0.1, compile=False)
+    agent = kind(5, 2, args, torch.device("cpu"))
+    buffer, seen = script.ReplayBuffer(200, (5, 2, 5), torch.device("cpu")), {}
+    for i in range(300):
+        buffer.add(np.full(5, i), np.zeros(2), np.full(5, i))
+    original = agent.discriminator_loss, agent.critic_loss
+    agent.discriminator_loss = lambda expert, policy: seen.update(discriminator=policy) or original[0](expert, policy)
+    agent.critic_loss = lambda *batch: seen.update(critic=batch[0]) or original[1](*batch)
+    agent.update(torch.randn(100, 7), buffer)
+    assert seen["discriminator"][:, 0].min() >= 250 and seen["discriminator"][:, 0].max() > 290
+    assert seen["critic"][:, 0].min() < 150 and seen["critic"][:, 0].max() > 250
+
+
 @NEEDS_COMPILER
 @pytest.mark.parametrize("script", [gail_baseline, sac_baseline], ids=lambda script: script.__name__)
 def test_a_compiled_update_is_the_uncompiled_one(script):
@@ -1070,6 +1086,7 @@ BAD_INPUT = [  # what is done to the demonstrations, further arguments, and a pa
     ("", "--gamma 1.5", "--gamma is 1.5, and must be a finite number from 0 to 1"),
     ("", "--alpha 0", "--alpha is 0.0, and must"),
     ("", "--seed -1", "--seed is -1, and must"),
+    ("", "--discriminator-window 0", "--discriminator-window is 0, and must be a finite number from 1"),
     ("", "--batch-size 0", "--batch-size is 0, and must"),
     ("", "--batch-size 501", "--batch-size 501 is more than will be stored"),
     ("", "--learning-starts 1000 --total-timesteps 1000", "leaves nothing to learn"),
@@ -1240,7 +1257,8 @@ def pendulum_demos(folder: Path) -> list:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_stopped_and_resumed_is_the_uninterrupted_run(device, tmp_path):
-    flags = [*pendulum_demos(tmp_path), "--device", device, "--total-timesteps", 2000, "--checkpoint-every", 200, "--output-dir"]
+    flags = [*pendulum_demos(tmp_path), "--device", device, "--total-timesteps", 2000, "--checkpoint-every", 200]
+    flags += ["--buffer-size", 700, "--discriminator-window", 300, "--output-dir"]  # so that it forgets, before a stop and after
     assert run("diffail.py", *flags, tmp_path / "whole").returncode == 0
     (whole,) = (tmp_path / "whole").iterdir()
     stopped = tmp_path / "stopped" / whole.name
