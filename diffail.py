@@ -12,8 +12,8 @@ Wang et al., "DiffAIL: Diffusion Adversarial Imitation Learning", AAAI 2024, arX
              or, as the paper prints it, with --reward-form paper, -log(1 - exp(-mean over t of L))
     max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_loss, actor_loss
 
-The policy's samples are the replay buffer's; with --discriminator-window the discriminator learns from the last of them alone. The losses
-take one random t and eps for each sample; only the reward averages over all t.
+The policy's samples are the replay buffer's; for Hopper the discriminator learns from the last 100,000 of them alone, by
+--discriminator-window. The losses take one random t and eps for each sample; only the reward averages over all t.
 The penalty, lambda being --grad-penalty, is taken at random points between a sample of the expert's and one of the policy's; it is the
 default for Hopper alone. c is --reward-scale; alpha is constant, unless --autotune has actor_loss tune it. The actor's loss has a small
 regulariser, as in the released code.
@@ -87,7 +87,7 @@ class Args:
     reward_form: Literal["released", "paper"] = "released"  # D: mean of exp(-squared error), or exp(-mean L), which needs a lower --alpha
     reward_scale: float = 2.0  # factor on the surrogate reward
     discriminator_lr: float = 3e-5  # Adam learning rate of the discriminator
-    discriminator_window: int | None = None  # of the policy's transitions only the last so many; None: the replay buffer's, as released
+    discriminator_window: int | None = None  # learn from the policy's last so many samples; None: all, for Hopper 100,000; released: all
 
     # SAC
     learning_starts: int = 5_000  # uniformly random steps before the first update
@@ -118,6 +118,7 @@ class Args:
 TOTAL_TIMESTEPS = {"Hopper": 750_000, "Walker2d": 750_000}  # as in the paper; for the others 500,000
 NORMALIZED = {"Hopper"}  # bodies whose x is scaled by default; found by experiment, see fit_normalizer
 GRAD_PENALTY = {"Hopper": 0.1}  # by default; for the others 0; found by experiment, see benchmark/results/README.md
+DISCRIMINATOR_WINDOW = {"Hopper": 100_000}  # by default; for the others all in the replay buffer; found by experiment, see there
 ALPHA = {"Ant": 0.06}  # temperature, by default; found by experiment: 0.12 / dim(A), which all others have, is too low for it
 MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "compile", "checkpoint_every"}
 TRAINING, EVALUATION = range(2)  # streams of episode seeds
@@ -695,6 +696,7 @@ def main(args: Args):
     args.total_timesteps = args.total_timesteps or TOTAL_TIMESTEPS.get(body, 500_000)
     args.normalize = body in NORMALIZED if args.normalize is None else args.normalize
     args.grad_penalty = GRAD_PENALTY.get(body, 0.0) if args.grad_penalty is None else args.grad_penalty
+    args.discriminator_window = args.discriminator_window or DISCRIMINATOR_WINDOW.get(body)
     if args.learning_starts >= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} leaves nothing to learn in --total-timesteps {args.total_timesteps}")
     if args.batch_size > min(args.buffer_size, args.total_timesteps):

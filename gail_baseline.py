@@ -81,7 +81,7 @@ class Args:
     reward_form: Literal["released", "paper"] = "released"  # log D as in the DiffAIL authors' GAIL, or -log(1 - D) as in GAIL's paper
     reward_scale: float = 2.0  # factor on the surrogate reward
     discriminator_lr: float = 3e-4  # Adam learning rate of the discriminator
-    discriminator_window: int | None = None  # of the policy's transitions only the last so many; None: the replay buffer's, as released
+    discriminator_window: int | None = None  # learn from the policy's last so many samples; None: all, as released
 
     # SAC
     learning_starts: int = 5_000  # uniformly random steps before the first update
