@@ -26,7 +26,6 @@ HERE = Path(__file__).parent
 BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 GREY, BROWN = "#555555", "#6B4226"
 NAMES = {"diffail": "DiffAIL", "gail_baseline": "GAIL"}
-SUMMARIZED = {("diffail", ""): "DiffAIL", ("diffail", "fixed-cut"): "DiffAIL, fixed cut", ("gail_baseline", ""): "GAIL"}
 ENVIRONMENTS = "HalfCheetah-v4", "Ant-v4", "Hopper-v4", "Walker2d-v4"
 TEMPERATURES = {"": "the defaults: alpha fixed, λ = 0", "penalty": "alpha fixed, λ = 0.1"}
 TEMPERATURES |= {"penalty-paper-reward": "alpha fixed, λ = 0.1, paper's reward"}
@@ -274,17 +273,17 @@ def best_and_final(returns: np.ndarray, expert: float) -> str:
 
 
 def summary(panels: dict[tuple, list[Run]], paper: dict) -> str:
-    """Markdown: best and final return of each summarised run, in per cent of the expert's, beside the paper's.
+    """Markdown: best and final return of each run with the defaults, in per cent of the expert's, beside the paper's.
 
     Of a run that was stopped it has the best return."""
-    head = ["environment, setting", *SUMMARIZED.values(), *(f"{name} in the paper" for name in NAMES.values())]
+    head = ["environment, setting", *NAMES.values(), *(f"{name} in the paper" for name in NAMES.values())]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for env_id, setting in itertools.product(ENVIRONMENTS, ("state-action", "state-only")):
         cell, ours, theirs = (env_id, setting, 1), [], []
-        for kind in SUMMARIZED:
+        for script in NAMES:
             texts = []
             for run in panels.get(cell, ()):
-                if (run.script, run.variant) == kind:
+                if (run.script, run.variant) == (script, ""):
                     text = best_and_final(run.columns["mean_return"], expert_return(env_id))
                     texts.append(text if run.finished else f"{text.split(',')[0]} until {run.columns['step'][-1] / 1000:.0f}k")
             ours.append("; ".join(texts))
