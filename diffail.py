@@ -118,7 +118,7 @@ class Args:
 TOTAL_TIMESTEPS = {"Hopper": 750_000, "Walker2d": 750_000}  # as in the paper; for the others 500,000
 NORMALIZED = {"Hopper"}  # bodies whose x is scaled by default; found by experiment, see fit_normalizer
 GRAD_PENALTY = {"Hopper": 0.1}  # by default; for the others 0; found by experiment, see benchmark/results/README.md
-DISCRIMINATOR_WINDOW = {"Hopper": 100_000}  # by default; for the others all in the replay buffer; found by experiment, see there
+DISCRIMINATOR_WINDOW = {"Hopper": 100_000}  # by default; for the others all; found by experiment, see benchmark/results/README.md
 ALPHA = {"Ant": 0.06}  # temperature, by default; found by experiment: 0.12 / dim(A), which all others have, is too low for it
 MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "compile", "checkpoint_every"}
 TRAINING, EVALUATION = range(2)  # streams of episode seeds
