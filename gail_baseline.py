@@ -11,7 +11,9 @@ is scaled by the expert's mean and std.
              or, as in the paper, -log(1 - D(x)), by --reward-form paper
     max_pi   E[sum over k of gamma^k (c R - alpha log pi)]          SAC (arXiv 1812.05905)  critic_loss, actor_loss
 
-c is --reward-scale; alpha is constant, unless --autotune has actor_loss tune it. The actor's loss has a small regulariser besides.
+The policy's samples are the replay buffer's; for Hopper the discriminator learns from the last 100,000 of them alone, by
+--discriminator-window. c is --reward-scale; alpha is constant, unless --autotune has actor_loss tune it. The actor's loss has a small
+regulariser besides.
 
 `diff gail_baseline.py diffail.py` shows what DiffAIL changes: discriminator, reward, and their hyperparameters. The discriminator's here
 are those of DiffAIL's authors for GAIL; SAC's are those of diffail.py, but that alpha is 0.12 / dim(A) for all robots.
@@ -81,7 +83,7 @@ class Args:
     reward_form: Literal["released", "paper"] = "released"  # log D as in the DiffAIL authors' GAIL, or -log(1 - D) as in GAIL's paper
     reward_scale: float = 2.0  # factor on the surrogate reward
     discriminator_lr: float = 3e-4  # Adam learning rate of the discriminator
-    discriminator_window: int | None = None  # learn from the policy's last so many samples; None: all, as released
+    discriminator_window: int | None = None  # learn from the policy's last so many samples; None: all, for Hopper 100,000; released: all
 
     # SAC
     learning_starts: int = 5_000  # uniformly random steps before the first update
@@ -111,6 +113,7 @@ class Args:
 
 TOTAL_TIMESTEPS = {"Hopper": 750_000, "Walker2d": 750_000}  # as in the paper; for the others 500,000
 NORMALIZED = {"Hopper"}  # bodies whose x is scaled by default; found by experiment, see diffail.py's fit_normalizer
+DISCRIMINATOR_WINDOW = {"Hopper": 100_000}  # by default; for the others all; found by experiment, see benchmark/results/README.md
 MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "total_timesteps", "device", "threads", "compile", "checkpoint_every"}
 TRAINING, EVALUATION = range(2)  # streams of episode seeds
 
@@ -604,6 +607,7 @@ def main(args: Args):
     body = args.env_id.split("/")[-1].split("-v")[0]
     args.total_timesteps = args.total_timesteps or TOTAL_TIMESTEPS.get(body, 500_000)
     args.normalize = body in NORMALIZED if args.normalize is None else args.normalize
+    args.discriminator_window = args.discriminator_window or DISCRIMINATOR_WINDOW.get(body)
     if args.learning_starts >= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} leaves nothing to learn in --total-timesteps {args.total_timesteps}")
     if args.batch_size > min(args.buffer_size, args.total_timesteps):
