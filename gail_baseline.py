@@ -16,7 +16,8 @@ The policy's samples are the replay buffer's; for Hopper the discriminator learn
 regulariser besides.
 
 `diff gail_baseline.py diffail.py` shows what DiffAIL changes: discriminator, reward, and their hyperparameters. The discriminator's here
-are those of DiffAIL's authors for GAIL, but for Hopper's window; SAC's are those of diffail.py, but that alpha is 0.12 / dim(A) for all robots.
+are those of DiffAIL's authors for GAIL, but for Hopper's window; SAC's are those of diffail.py, but that alpha is 0.12 / dim(A) for all
+robots.
 
     python gail_baseline.py --env-id HalfCheetah-v4
 """
