@@ -6,7 +6,7 @@ Wang et al., "DiffAIL: Diffusion Adversarial Imitation Learning", AAAI 2024, arX
     x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps                     forward diffusion       DiffusionDiscriminator.noised
     L(x, eps, t) = mean over d of (eps - eps_phi(x_t, t))^2         diffusion loss          DiffusionDiscriminator.diffusion_loss
     D(x, eps, t) = exp(-L(x, eps, t))                               discriminator           DiffusionDiscriminator.forward
-             or, with --objective-form reward, in the reward's form, mean over d of exp(-(eps - eps_phi)^2)
+             or, in the reward's form, with --objective-form reward, mean over d of exp(-(eps - eps_phi)^2)
     min_phi  E_expert[L] - E_policy[log(1 - D)]                     objective               DiffusionDiscriminator.adversarial_loss
              + lambda E[(||grad_x D(x)||_2 - 1)^2]                  gradient penalty        DiffusionDiscriminator.gradient_penalty
     R(x) = -log(1 - mean over t and d of exp(-(eps_t - eps_phi)^2)) surrogate reward        DiffusionDiscriminator.surrogate_reward
@@ -85,7 +85,7 @@ class Args:
     diffusion_steps: int = 10  # T
     noise_schedule: Literal["linear", "cosine", "vp"] = "linear"  # of the variances beta_1 ... beta_T
     grad_penalty: float | None = None  # weight lambda of the gradient penalty; None: 0, for Hopper 0.1; released: 0.1, for some less
-    objective_form: Literal["paper", "reward"] = "paper"  # D that the discriminator learns by: exp(-L), released too, or as in --reward-form
+    objective_form: Literal["paper", "reward"] = "paper"  # D that the discriminator learns by: exp(-L), or as in --reward-form
     reward_form: Literal["released", "paper"] = "released"  # D: mean of exp(-squared error), or exp(-mean L), which needs a lower --alpha
     reward_scale: float = 2.0  # factor on the surrogate reward
     discriminator_lr: float = 3e-5  # Adam learning rate of the discriminator
@@ -185,7 +185,8 @@ def log_one_minus_d(squared_error: Tensor, form: str, dim: int | tuple[int, ...]
 class DiffusionDiscriminator(nn.Module):
     """D(x, eps, t) = exp(-L(x, eps, t)): the better the diffusion model denoises x, the more x looks like the expert's.
 
-    That is the paper's form; in the released reward's D is a mean over d too, but of exp(-squared error). Everywhere below x is [B, d], noise [B, d] and t [B], integers from 0 to T - 1, unless it says otherwise."""
+    This is the paper's form. The other, which the released code has in its reward alone, is the mean over d of exp(-squared error).
+    Everywhere below x is [B, d], noise [B, d] and t [B], integers from 0 to T - 1, unless it says otherwise."""
 
     def __init__(self, dim: int, hidden_dim: int, diffusion_steps: int, schedule: str, form: str = "paper"):
         super().__init__()

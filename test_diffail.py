@@ -51,9 +51,9 @@ def seeded():
     torch.set_num_threads(1)
 
 
-def make_discriminator(dim: int = 5, steps: int = STEPS, schedule: str = "linear", hidden_dim: int = 16) -> diffail.DiffusionDiscriminator:
+def make_discriminator(dim: int = 5, schedule: str = "linear", form: str = "paper") -> diffail.DiffusionDiscriminator:
     """A discriminator in float64, with the same schedule values."""
-    return diffail.DiffusionDiscriminator(dim, hidden_dim, steps, schedule).double()
+    return diffail.DiffusionDiscriminator(dim, 16, STEPS, schedule, form).double()
 
 
 def reference_prediction(discriminator: diffail.DiffusionDiscriminator, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -68,11 +68,13 @@ def reference_prediction(discriminator: diffail.DiffusionDiscriminator, x_t: tor
     return net.out(h)
 
 
-def reference_loss(discriminator: diffail.DiffusionDiscriminator, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """L(x, eps, t), from the schedule's formula up."""
+def reference_l_and_d(discriminator: diffail.DiffusionDiscriminator, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, form: str):
+    """L(x, eps, t) and D(x, eps, t), [B] each, from the schedule's formula up."""
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, STEPS, dtype=torch.float64), 0).to(t.device)[t][:, None]
     x_t = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
-    return ((noise - reference_prediction(discriminator, x_t, t)) ** 2).mean(1)
+    squared_error = (noise - reference_prediction(discriminator, x_t, t)) ** 2
+    loss = squared_error.mean(1)
+    return loss, torch.exp(-loss) if form == "paper" else torch.exp(-squared_error).mean(1)
 
 
 # -------------------------------------------------------------------------------------------------------- diffusion
@@ -128,51 +130,59 @@ def test_mish_and_its_first_two_derivatives_are_torchs():
 # ---------------------------------------------------------------------------------------------------- discriminator
 
 
-def test_discriminator_is_exp_of_minus_the_diffusion_loss():
-    discriminator, x = make_discriminator(), 2 * torch.randn(64, 5).double()
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_discriminator_is_exp_of_minus_the_diffusion_loss_or_the_mean_over_coordinates(form):
+    discriminator, x = make_discriminator(form=form), 2 * torch.randn(64, 5).double()
     noise, t = torch.randn(64, 5).double(), torch.randint(STEPS, (64,))
-    loss = reference_loss(discriminator, x, noise, t)
+    loss, d = reference_l_and_d(discriminator, x, noise, t, form)
     np.testing.assert_allclose(discriminator.diffusion_loss(x, noise, t).detach(), loss.detach(), rtol=1e-6)
-    np.testing.assert_allclose(discriminator(x, noise, t).detach(), torch.exp(-loss).detach(), rtol=1e-6)
+    np.testing.assert_allclose(discriminator(x, noise, t).detach(), d.detach(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["paper", "released"])
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 9.0])
-def test_discriminator_stays_in_zero_one_for_extreme_inputs(scale):
-    discriminator = diffail.DiffusionDiscriminator(5, 16, STEPS, "linear")
+def test_discriminator_stays_in_zero_one_for_extreme_inputs(scale, form):
+    discriminator = diffail.DiffusionDiscriminator(5, 16, STEPS, "linear", form)
     nn.init.zeros_(discriminator.noise_predictor.out.weight)  # so the prediction is the bias, and L is known
     noise, t = scale * torch.ones(8, 5), torch.zeros(8, dtype=torch.long)
     nn.init.zeros_(discriminator.noise_predictor.out.bias)
     d = discriminator(1e3 * torch.randn(8, 5), noise, t)
-    assert (d > 0).all() and (d <= 1).all()
-    np.testing.assert_allclose(d.detach(), math.exp(-(scale**2)), rtol=1e-5)
+    assert ((d > 0) if form == "paper" else (d >= 0)).all() and (d <= 1).all()
+    np.testing.assert_allclose(d.detach(), math.exp(-(scale**2)), rtol=1e-5, atol=1e-7 if form == "released" else 0)
 
 
-def test_log_one_minus_exp_is_exact_and_its_gradient_finite_over_sixteen_decades():
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_log_one_minus_d_is_exact_and_its_gradient_finite_over_sixteen_decades(form):
     loss = torch.logspace(-12, 4, 400).requires_grad_()
-    value = diffail.log_one_minus_exp(loss)
+    value = diffail.log_one_minus_d(loss[:, None].expand(-1, 3), form)  # of three errors alike the two forms are the same
     (grad,) = torch.autograd.grad(value.sum(), loss)
     exact = [math.log(-math.expm1(-v)) for v in loss.double().tolist()]
     exact_grad = [1 / math.expm1(v) if v < 700 else 0.0 for v in loss.double().tolist()]
     assert torch.isfinite(value).all() and torch.isfinite(grad).all()
     np.testing.assert_allclose(value.detach(), exact, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(grad, exact_grad, rtol=1e-4, atol=1e-6)
-    at_zero = diffail.log_one_minus_exp(torch.zeros(1, requires_grad=True))
-    assert torch.isfinite(at_zero).all() and at_zero.item() < -60
+    zero = torch.zeros(1, requires_grad=True)
+    at_zero = diffail.log_one_minus_d(zero, form)
+    assert torch.isfinite(torch.autograd.grad(at_zero, zero)[0]).all() and math.isfinite(at_zero.item()) and at_zero.item() < -60
 
 
-def test_discriminator_loss_is_the_binary_cross_entropy_of_d():
-    discriminator = make_discriminator()
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_discriminator_loss_is_the_binary_cross_entropy_of_d_and_for_the_expert_its_bound(form):
+    discriminator = make_discriminator(form=form)
     expert, policy, noise = torch.randn(32, 5).double(), 2 * torch.randn(32, 5).double(), torch.randn(64, 5).double()
     t = torch.randint(STEPS, (64,))
     expert_loss, policy_loss = discriminator.adversarial_loss(expert, policy, noise, t)
-    d_expert = torch.exp(-reference_loss(discriminator, expert, noise[:32], t[:32]))
-    d_policy = torch.exp(-reference_loss(discriminator, policy, noise[32:], t[32:]))
-    assert expert_loss.item() == pytest.approx(F.binary_cross_entropy(d_expert, torch.ones_like(d_expert)).item(), rel=1e-6)
+    loss, d_expert = reference_l_and_d(discriminator, expert, noise[:32], t[:32], form)
+    _, d_policy = reference_l_and_d(discriminator, policy, noise[32:], t[32:], form)
+    entropy = F.binary_cross_entropy(d_expert, torch.ones_like(d_expert)).item()
+    assert expert_loss.item() == pytest.approx(loss.mean().item(), rel=1e-6)
+    assert entropy == pytest.approx(expert_loss.item(), rel=1e-6) if form == "paper" else entropy < 0.99 * expert_loss.item()
     assert policy_loss.item() == pytest.approx(F.binary_cross_entropy(d_policy, torch.zeros_like(d_policy)).item(), rel=1e-6)
 
 
-def test_gradient_penalty_and_its_parameter_gradient():
-    discriminator = make_discriminator()
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_gradient_penalty_and_its_parameter_gradient(form):
+    discriminator = make_discriminator(form=form)
     for parameter in discriminator.parameters():
         parameter.data.mul_(2)  # away from the flat start, so that every term counts
     expert, policy, mix = torch.randn(16, 5).double(), torch.randn(16, 5).double(), torch.rand(16, 1).double()
@@ -181,7 +191,7 @@ def test_gradient_penalty_and_its_parameter_gradient():
     gradients = torch.autograd.grad(penalty, list(discriminator.parameters()), allow_unused=True)
 
     x = (mix * expert + (1 - mix) * policy).requires_grad_()
-    (grad_x,) = torch.autograd.grad(torch.exp(-reference_loss(discriminator, x, noise, t)).sum(), x, create_graph=True)
+    (grad_x,) = torch.autograd.grad(reference_l_and_d(discriminator, x, noise, t, form)[1].sum(), x, create_graph=True)
     expected = ((grad_x.norm(dim=1) - 1) ** 2).mean()
     expected_gradients = torch.autograd.grad(expected, list(discriminator.parameters()), allow_unused=True)
     assert penalty.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -491,12 +501,13 @@ def plain_update(agent: diffail.DiffAIL, expert_x: torch.Tensor, buffer: diffail
     expert = expert_x[torch.randint(len(expert_x), (batch,), device=device)].double()
     policy = sample(args.discriminator_window)[3]
     noise, t = randn(2 * batch, d), torch.randint(STEPS, (2 * batch,), device=device)
-    d_expert = torch.exp(-reference_loss(wide.discriminator, expert, noise[:batch], t[:batch]))
-    d_policy = torch.exp(-reference_loss(wide.discriminator, policy, noise[batch:], t[batch:]))
-    losses["disc_expert_loss"], losses["disc_policy_loss"] = -d_expert.log().mean(), -(1 - d_policy).log().mean()
+    form = args.reward_form if args.objective_form == "reward" else "paper"
+    expert_loss, _ = reference_l_and_d(wide.discriminator, expert, noise[:batch], t[:batch], form)
+    _, d_policy = reference_l_and_d(wide.discriminator, policy, noise[batch:], t[batch:], form)
+    losses["disc_expert_loss"], losses["disc_policy_loss"] = expert_loss.mean(), -(1 - d_policy).log().mean()
     mix = torch.rand(batch, 1, device=device).double()
     x = (mix * expert + (1 - mix) * policy).requires_grad_()
-    d_mixed = torch.exp(-reference_loss(wide.discriminator, x, randn(batch, d), torch.randint(STEPS, (batch,), device=device)))
+    _, d_mixed = reference_l_and_d(wide.discriminator, x, randn(batch, d), torch.randint(STEPS, (batch,), device=device), form)
     losses["grad_penalty"] = ((torch.autograd.grad(d_mixed.sum(), x, create_graph=True)[0].norm(dim=1) - 1) ** 2).mean()
     total = losses["disc_expert_loss"] + losses["disc_policy_loss"] + args.grad_penalty * losses["grad_penalty"]
     adam(agent.discriminator_optimizer, network("discriminator"), total)
@@ -549,16 +560,18 @@ def test_gradients_may_come_in_any_layout(script):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    "state_only, form, autotune, compiled",
+    "state_only, objective, form, autotune, compiled",
     [
-        (False, "paper", True, False),
-        (True, "released", False, False),
-        pytest.param(True, "released", True, True, marks=NEEDS_COMPILER),
+        (False, "reward", "paper", True, False),
+        (True, "paper", "released", False, False),
+        (False, "reward", "released", False, False),
+        pytest.param(True, "paper", "released", True, True, marks=NEEDS_COMPILER),
+        pytest.param(False, "reward", "released", True, True, marks=NEEDS_COMPILER),
     ],
 )
-def test_an_update_is_that_of_the_plain_algorithm(state_only, form, autotune, compiled, device):
+def test_an_update_is_that_of_the_plain_algorithm(state_only, objective, form, autotune, compiled, device):
     device, sizes = torch.device(device), dict(hidden_dim=32, sac_hidden_dim=32, batch_size=64)
-    others = dict(alpha=0.05, grad_penalty=0.1, discriminator_window=50)
+    others = dict(alpha=0.05, grad_penalty=0.1, discriminator_window=50, objective_form=objective)
     args = diffail.Args(state_only=state_only, reward_form=form, autotune=autotune, compile=compiled, **others, **sizes)
     agent = diffail.DiffAIL(5, 2, args, device)
     for parameter in agent.target_critic.parameters():
@@ -1777,7 +1790,7 @@ def test_gail_differs_from_diffail_in_its_discriminator_and_reward_alone():
     plain = [line.replace("ALPHA.get(body, 0.12 / action_dim)", "0.12 / action_dim") for line in lines(diffail) if line not in of_hopper]
     assert len(of_hopper) == 1 and plain == lines(gail_baseline)
     fields = [{field.name: field.default for field in dataclasses.fields(script.Args)} for script in (diffail, gail_baseline)]
-    assert fields[0].keys() ^ fields[1].keys() == {"diffusion_steps", "noise_schedule"}
+    assert fields[0].keys() ^ fields[1].keys() == {"diffusion_steps", "noise_schedule", "objective_form"}
     assert {name for name in fields[1] if fields[0][name] != fields[1][name]} == {"grad_penalty", "discriminator_lr"}
 
 
