@@ -38,11 +38,12 @@ def load_run(run_dir: Path) -> tuple[dict, diffail.DiffAIL, gym.Env, dict[str, n
 @torch.no_grad()
 def rewards(agent: diffail.DiffAIL, *transitions: torch.Tensor) -> tuple[np.ndarray, ...]:
     """Of each transition the reward in the released and in the paper's form, times c, and the diffusion loss, mean over t."""
-    args, x = agent.args, agent.discriminator_input(*transitions)
-    noise = torch.randn(args.diffusion_steps, *x.shape, generator=torch.Generator().manual_seed(0))
-    forms = (args.reward_scale * agent.discriminator.surrogate_reward(x, noise, form) for form in ("released", "paper"))
-    loss = agent.discriminator.diffusion_loss(x, noise, torch.arange(args.diffusion_steps)[:, None]).mean(0)
-    return tuple(values.numpy() for values in (*forms, loss))
+    args, generator, blocks = agent.args, torch.Generator().manual_seed(0), []
+    for x in agent.discriminator_input(*transitions).split(1_000):  # all at once would take gigabytes for each layer
+        noise = torch.randn(args.diffusion_steps, *x.shape, generator=generator)
+        forms = (args.reward_scale * agent.discriminator.surrogate_reward(x, noise, form) for form in ("released", "paper"))
+        blocks.append((*forms, agent.discriminator.diffusion_loss(x, noise, torch.arange(args.diffusion_steps)[:, None]).mean(0)))
+    return tuple(torch.cat(values).numpy() for values in zip(*blocks))
 
 
 def main():
