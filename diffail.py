@@ -6,7 +6,8 @@ Wang et al., "DiffAIL: Diffusion Adversarial Imitation Learning", AAAI 2024, arX
     x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps                     forward diffusion       DiffusionDiscriminator.noised
     L(x, eps, t) = mean over d of (eps - eps_phi(x_t, t))^2         diffusion loss          DiffusionDiscriminator.diffusion_loss
     D(x, eps, t) = exp(-L(x, eps, t))                               discriminator           DiffusionDiscriminator.forward
-    min_phi  -E_expert[log D] - E_policy[log(1 - D)]                objective               DiffusionDiscriminator.adversarial_loss
+             or, in the reward's form, with --objective-form reward, mean over d of exp(-(eps - eps_phi)^2)
+    min_phi  E_expert[L] - E_policy[log(1 - D)]                     objective               DiffusionDiscriminator.adversarial_loss
              + lambda E[(||grad_x D(x)||_2 - 1)^2]                  gradient penalty        DiffusionDiscriminator.gradient_penalty
     R(x) = -log(1 - mean over t and d of exp(-(eps_t - eps_phi)^2)) surrogate reward        DiffusionDiscriminator.surrogate_reward
              or, as the paper prints it, with --reward-form paper, -log(1 - exp(-mean over t of L))
@@ -84,6 +85,7 @@ class Args:
     diffusion_steps: int = 10  # T
     noise_schedule: Literal["linear", "cosine", "vp"] = "linear"  # of the variances beta_1 ... beta_T
     grad_penalty: float | None = None  # weight lambda of the gradient penalty; None: 0, for Hopper 0.1; released: 0.1, for some less
+    objective_form: Literal["paper", "reward"] = "paper"  # D that the discriminator learns by: exp(-L), or as in --reward-form
     reward_form: Literal["released", "paper"] = "released"  # D: mean of exp(-squared error), or exp(-mean L), which needs a lower --alpha
     reward_scale: float = 2.0  # factor on the surrogate reward
     discriminator_lr: float = 3e-5  # Adam learning rate of the discriminator
@@ -171,18 +173,24 @@ class NoisePredictor(nn.Module):
         return self.out(h)
 
 
-def log_one_minus_exp(loss: Tensor) -> Tensor:
-    """log(1 - exp(-L)) for L >= 0; at least -69.08, and with finite gradients. 1 - exp(-L) would lose all its digits near L = 0."""
-    return torch.log(-torch.expm1(-loss.clamp(min=1e-30)))
+def log_one_minus_d(squared_error: Tensor, form: str, dim: int | tuple[int, ...] = -1) -> Tensor:
+    """log(1 - D), where D is exp(-mean of the squared error), the paper's form, or the mean of exp(-squared error), over `dim`.
+
+    At least -69.08, and with finite gradients. 1 - exp(-L) would lose all its digits near L = 0."""
+    if form == "paper":
+        return torch.log(-torch.expm1(-squared_error.mean(dim).clamp(min=1e-30)))
+    return torch.log((-torch.expm1(-squared_error).mean(dim)).clamp(min=1e-30))
 
 
 class DiffusionDiscriminator(nn.Module):
     """D(x, eps, t) = exp(-L(x, eps, t)): the better the diffusion model denoises x, the more x looks like the expert's.
 
+    This is the paper's form. The other, which the released code has in its reward alone, is the mean over d of exp(-squared error).
     Everywhere below x is [B, d], noise [B, d] and t [B], integers from 0 to T - 1, unless it says otherwise."""
 
-    def __init__(self, dim: int, hidden_dim: int, diffusion_steps: int, schedule: str):
+    def __init__(self, dim: int, hidden_dim: int, diffusion_steps: int, schedule: str, form: str = "paper"):
         super().__init__()
+        self.form = form
         alpha_bar = torch.cumprod(1 - noise_schedule(schedule, diffusion_steps), dim=0)
         self.register_buffer("sqrt_alpha_bar", alpha_bar.sqrt().float()[:, None])  # [T, 1]
         self.register_buffer("sqrt_one_minus_alpha_bar", (1 - alpha_bar).sqrt().float()[:, None])
@@ -201,18 +209,17 @@ class DiffusionDiscriminator(nn.Module):
         return self.denoising_error(x, noise, t).square().mean(-1)
 
     def forward(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """D(x, eps, t) in (0, 1], [B]. The adversarial loss goes by L, which keeps the digits that D near 1 loses."""
-        return 1 - self.one_minus_d(self.denoising_error(x, noise, t).square())
-
-    @staticmethod
-    def one_minus_d(squared_error: Tensor) -> Tensor:
-        """1 - D, where D is the mean over d of exp(-squared error)."""
-        return -torch.expm1(-squared_error).mean(-1)
+        """D(x, eps, t) in [0, 1], [B]. The adversarial loss goes by the errors, which keep the digits that D near 1 loses."""
+        if self.form == "paper":
+            return torch.exp(-self.diffusion_loss(x, noise, t))
+        return 1 + torch.expm1(-self.denoising_error(x, noise, t).square()).mean(-1)
 
     def adversarial_loss(self, expert: Tensor, policy: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """-E_expert[log D], which is E[L], and -E_policy[log(1 - D)], for expert and policy [B, d], noise [2B, d] and t [2B]."""
+        """E_expert[L] and -E_policy[log(1 - D)], for expert and policy [B, d], noise [2B, d] and t [2B].
+
+        E_expert[L] is -E_expert[log D] in the paper's form, and in the released one, by Jensen's inequality, never less."""
         expert_error, policy_error = self.denoising_error(torch.cat([expert, policy]), noise, t).square().chunk(2)
-        return expert_error.mean(), -torch.log(self.one_minus_d(policy_error).clamp(min=1e-30)).mean()
+        return expert_error.mean(), -log_one_minus_d(policy_error, self.form).mean()
 
     def gradient_penalty(self, expert: Tensor, policy: Tensor, mix: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """E[(||grad D||_2 - 1)^2] where mix [B, 1] in [0, 1] puts x between policy and expert (Gulrajani et al. 2017, eq. 3)."""
@@ -229,11 +236,7 @@ class DiffusionDiscriminator(nn.Module):
     def surrogate_reward(self, x: Tensor, noise: Tensor, form: str) -> Tensor:
         """R(x) = -log(1 - D), [B], for x [B, d] and noise [T, B, d]: each of the T steps with its own noise, all in one batch."""
         t = torch.arange(len(noise), device=x.device)[:, None]
-        squared_error = self.denoising_error(x, noise, t).square()
-        if form == "paper":
-            return -log_one_minus_exp(squared_error.mean(dim=(0, 2)))  # D = exp(-mean over t of L)
-        one_minus_d = -torch.expm1(-squared_error).mean(dim=(0, 2))  # D = mean over t and d of exp(-squared error)
-        return -torch.log(one_minus_d.clamp(min=1e-30))
+        return -log_one_minus_d(self.denoising_error(x, noise, t).square(), form, dim=(0, 2))  # over t and d
 
 
 # ------------------------------------------------------------------------------------------------------------------- SAC
@@ -352,7 +355,8 @@ class DiffAIL(nn.Module):
         super().__init__()
         self.args, self.target_entropy = args, args.target_entropy_per_dim * action_dim
         input_dim = observation_dim + (observation_dim if args.state_only else action_dim)
-        self.discriminator = DiffusionDiscriminator(input_dim, args.hidden_dim, args.diffusion_steps, args.noise_schedule)
+        form = args.reward_form if args.objective_form == "reward" else "paper"
+        self.discriminator = DiffusionDiscriminator(input_dim, args.hidden_dim, args.diffusion_steps, args.noise_schedule, form)
         self.actor = Actor(observation_dim, action_dim, args.sac_hidden_dim)
         self.critic = TwinCritic(observation_dim, action_dim, args.sac_hidden_dim)
         self.target_critic = copy.deepcopy(self.critic)
