@@ -6,7 +6,7 @@ Wang et al., "DiffAIL: Diffusion Adversarial Imitation Learning", AAAI 2024, arX
     x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps                     forward diffusion       DiffusionDiscriminator.noised
     L(x, eps, t) = mean over d of (eps - eps_phi(x_t, t))^2         diffusion loss          DiffusionDiscriminator.diffusion_loss
     D(x, eps, t) = exp(-L(x, eps, t))                               discriminator           DiffusionDiscriminator.forward
-             or, in the reward's form, with --objective-form reward, mean over d of exp(-(eps - eps_phi)^2)
+             or, for Hopper, the reward's, by --objective-form, mean over d of exp(-(eps - eps_phi)^2)
     min_phi  E_expert[L] - E_policy[log(1 - D)]                     objective               DiffusionDiscriminator.adversarial_loss
              + lambda E[(||grad_x D(x)||_2 - 1)^2]                  gradient penalty        DiffusionDiscriminator.gradient_penalty
     R(x) = -log(1 - mean over t and d of exp(-(eps_t - eps_phi)^2)) surrogate reward        DiffusionDiscriminator.surrogate_reward
@@ -85,7 +85,7 @@ class Args:
     diffusion_steps: int = 10  # T
     noise_schedule: Literal["linear", "cosine", "vp"] = "linear"  # of the variances beta_1 ... beta_T
     grad_penalty: float | None = None  # weight lambda of the gradient penalty; None: 0, for Hopper 0.1; released: 0.1, for some less
-    objective_form: Literal["paper", "reward"] = "paper"  # D that the discriminator learns by: exp(-L), or as in --reward-form
+    objective_form: Literal["paper", "reward"] | None = None  # D to learn by: exp(-L), or as --reward-form; None: paper, for Hopper reward
     reward_form: Literal["released", "paper"] = "released"  # D: mean of exp(-squared error), or exp(-mean L), which needs a lower --alpha
     reward_scale: float = 2.0  # factor on the surrogate reward
     discriminator_lr: float = 3e-5  # Adam learning rate of the discriminator
@@ -119,6 +119,7 @@ class Args:
 
 TOTAL_TIMESTEPS = {"Hopper": 750_000, "Walker2d": 750_000}  # as in the paper; for the others 500,000
 NORMALIZED = {"Hopper"}  # bodies whose x is scaled by default; found by experiment, see fit_normalizer
+OBJECTIVE_FORM = {"Hopper": "reward"}  # by default; for the others paper; found by experiment, see benchmark/results/README.md
 GRAD_PENALTY = {"Hopper": 0.1}  # by default; for the others 0; found by experiment, see benchmark/results/README.md
 DISCRIMINATOR_WINDOW = {"Hopper": 100_000}  # by default; for the others all; found by experiment, see benchmark/results/README.md
 ALPHA = {"Ant": 0.06}  # temperature, by default; found by experiment: 0.12 / dim(A), which all others have, is too low for it
@@ -704,6 +705,7 @@ def main(args: Args):
     body = args.env_id.split("/")[-1].split("-v")[0]
     args.total_timesteps = args.total_timesteps or TOTAL_TIMESTEPS.get(body, 500_000)
     args.normalize = body in NORMALIZED if args.normalize is None else args.normalize
+    args.objective_form = args.objective_form or OBJECTIVE_FORM.get(body, "paper")
     args.grad_penalty = GRAD_PENALTY.get(body, 0.0) if args.grad_penalty is None else args.grad_penalty
     args.discriminator_window = args.discriminator_window or DISCRIMINATOR_WINDOW.get(body)
     if args.learning_starts >= args.total_timesteps:

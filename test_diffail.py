@@ -858,6 +858,8 @@ def test_environments_differ_by_steps_what_is_hoppers_and_ants_temperature_alone
     monkeypatch.setattr(script, "load_demonstrations", lambda *args: sys.exit(3))
     monkeypatch.setattr(script, "check_numbers", seen.append)
     given = {"grad_penalty": 0.5, "discriminator_window": 7, "total_timesteps": 9_000}
+    if script is diffail:
+        given["objective_form"] = "paper"
     for options in ({}, given):
         with pytest.raises(SystemExit):
             script.main(script.Args(env_id=env_id, **options))
@@ -867,6 +869,8 @@ def test_environments_differ_by_steps_what_is_hoppers_and_ants_temperature_alone
     penalty = 4.0 if script is gail_baseline else 0.1 if env_id == "Hopper-v4" else 0.0
     window = 100_000 if env_id == "Hopper-v4" else None
     resolved = {"total_timesteps": steps, "grad_penalty": penalty, "discriminator_window": window}
+    if script is diffail:
+        resolved["objective_form"] = "reward" if env_id == "Hopper-v4" else "paper"
     assert dataclasses.asdict(seen[0]) == default | resolved
     assert dataclasses.asdict(seen[1]) == default | given
     assert default["hidden_dim"] == 128
@@ -1599,6 +1603,7 @@ def definitions(path: Path) -> dict[str, str]:
 def test_rewards_by_velocity_are_counted_over_the_replay_buffer_and_the_demonstration(buffer_size, tmp_path):
     sizes = ["--total-timesteps", 400, "--learning-starts", 200, "--eval-every", 1000, "--sac-hidden-dim", 16, "--hidden-dim", 16]
     sizes += ["--buffer-size", buffer_size, "--demos", tmp_path / "later.npz", "--threads", 1, "--compile", False, "--output-dir", tmp_path]
+    sizes += ["--num-trajectories", 2]  # more than the tool takes at once
     with np.load(HERE / "demos" / "Hopper-v4.npz") as file:  # without the first episode, so that it is not the default file
         first = 1 + np.flatnonzero(file["terminations"] | file["truncations"])[0]
         later = {name: file[name] if name == "metadata" else file[name][first:] for name in file.files}
@@ -1612,7 +1617,7 @@ def test_rewards_by_velocity_are_counted_over_the_replay_buffer_and_the_demonstr
     velocities = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)["rows"][:, 5].numpy()
     # Of a ring of 300, steps 301 to 400 have overwritten 1 to 100, and 101 to 200 are the random ones that are left.
     stored = velocities[200:] if buffer_size > 400 else np.concatenate([velocities[200:], velocities[:100]])
-    demonstrated = later["observations"][: 1 + np.flatnonzero(later["terminations"] | later["truncations"])[0], 5]
+    demonstrated = later["observations"][: 1 + np.flatnonzero(later["terminations"] | later["truncations"])[1], 5]
     for name, velocities in {"replay buffer": stored, "demonstration": demonstrated}.items():
         found = {float(row["velocity"]): int(row["number"]) for row in rows if row["transitions"] == name}
         counts = {middle: int(((velocities >= middle - 0.25) & (velocities < middle + 0.25)).sum()) for middle in np.arange(-1, 6.1, 0.5)}
@@ -1786,9 +1791,9 @@ def test_gail_differs_from_diffail_in_its_discriminator_and_reward_alone():
         text = names_alike(inspect.getsource(script.main))
         return [line for line in text.splitlines() if "#" not in line and "surrogate reward, which" not in line]
 
-    of_hopper = [line for line in lines(diffail) if "GRAD_PENALTY" in line]
+    of_hopper = [line for line in lines(diffail) if "GRAD_PENALTY" in line or "OBJECTIVE_FORM" in line]
     plain = [line.replace("ALPHA.get(body, 0.12 / action_dim)", "0.12 / action_dim") for line in lines(diffail) if line not in of_hopper]
-    assert len(of_hopper) == 1 and plain == lines(gail_baseline)
+    assert len(of_hopper) == 2 and plain == lines(gail_baseline)
     fields = [{field.name: field.default for field in dataclasses.fields(script.Args)} for script in (diffail, gail_baseline)]
     assert fields[0].keys() ^ fields[1].keys() == {"diffusion_steps", "noise_schedule", "objective_form"}
     assert {name for name in fields[1] if fields[0][name] != fields[1][name]} == {"grad_penalty", "discriminator_lr"}

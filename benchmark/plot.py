@@ -257,11 +257,12 @@ def plot_reward_by_velocity(path: Path):
     """Both forms of the surrogate reward by forward velocity, in the replay buffer of a run and in its demonstration."""
     figure, panels = plt.subplots(2, figsize=(7, 7.3), sharex=True, layout="constrained")
     columns = read_columns(path)
-    for axes, form, scale in zip(panels, ("released", "paper"), ("linear", "log"), strict=True):
+    panels[1].set_yscale("log", nonpositive="mask")
+    for axes, form in zip(panels, ("released", "paper"), strict=True):
         for name, (colour, line), marker in zip(("replay buffer", "demonstration"), STYLES, "os", strict=False):
             rows = columns["transitions"] == name
             axes.plot(columns["velocity"][rows], columns[form][rows], linestyle=line, color=colour, marker=marker, lw=2.2, label=name)
-        axes.set(ylabel=f"c × reward per step,\n{form} form", yscale=scale)
+        axes.set_ylabel(f"c × reward per step,\n{form} form")
     panels[0].set(title=", ".join(path.stem.split("__")[0:3:2]), ylim=(0, None))
     panels[1].set(xlabel="forward velocity (m/s)")
     finish(figure, panels, f"{path.stem}__reward.png")
