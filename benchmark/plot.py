@@ -1,351 +1,198 @@
-"""From benchmark/results/*.csv: learning curves to benchmark/figures/, and the tables of README.md and results/README.md to the console.
+"""Figures and the results table, from benchmark/results or from run directories.
 
-    pip install -r benchmark/requirements.txt
-    python benchmark/plot.py
+    python benchmark/plot.py               # figures to benchmark/figures, README.md's table to the console
+    python benchmark/plot.py runs/*        # learning curves of these runs to learning_curves.png
+    python benchmark/plot.py --add runs/*  # finished runs into benchmark/results
 
-A result is called ENV__SCRIPT__SETTING__NUMBERtraj__sSEED.csv, or ...__VARIANT.csv where it was not made with the defaults.
-overview.png has all environments and settings, in per cent of the expert's return. Further figures have DiffAIL's variants, a panel for
-each, in evaluations and in training episodes, the temperature where there are runs with and without --autotune, and the correlation of
-surrogate and true return where there are runs of both DiffAIL and GAIL.
-"""
-import csv
-import itertools
+First: pip install -r benchmark/requirements.txt"""
+
+import argparse
+import functools
 import json
-import math
-from collections import defaultdict
-from dataclasses import dataclass
+from itertools import cycle, product
 from pathlib import Path
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
-matplotlib.use("agg")
 HERE = Path(__file__).parent
-# Okabe and Ito: for colour-blind readers too
-BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
-GREY, BROWN = "#555555", "#6B4226"
-NAMES = {"diffail": "DiffAIL", "gail_baseline": "GAIL"}
-ENVIRONMENTS = "HalfCheetah-v4", "Ant-v4", "Hopper-v4", "Walker2d-v4"
-TEMPERATURES = {"": "the defaults: alpha fixed, λ = 0", "penalty": "alpha fixed, λ = 0.1"}
-TEMPERATURES |= {"penalty-paper-reward": "alpha fixed, λ = 0.1, paper's reward"}
-TUNED = {"autotune": "--autotune"}
-TUNED |= {"autotune-until-225k": "--autotune, alpha fixed from 225k on"}
-TUNED |= {"autotune-0.3": "--autotune, target 0.3, and other changes"}
-TUNED |= {"capped": "--autotune, alpha at most 0.06, λ = 0"}
-TEMPERATURES |= TUNED
-STYLES = [(BLUE, "-"), (ORANGE, "--"), (PURPLE, "-."), (GREEN, (0, (5, 1, 1, 1, 1, 1))), (SKY, (0, (8, 2))), (AMBER, (0, (2, 1)))]
-NAMED = {"env", "setting", "algorithm", "transitions"}  # columns that are no numbers
-ALIKE = 0.05  # an evaluation whose episodes' returns have a standard deviation below this part of the expert's return
-
-
-@dataclass
-class Run:
-    """One CSV of benchmark/results and its configuration."""
-
-    path: Path
-    config: dict
-    columns: dict[str, np.ndarray]  # by name, one number per evaluation; training_return is the mean since the last one
-
-    def __post_init__(self):
-        self.env_id, self.script, self.setting, trajectories, seed, *variant = self.path.stem.split("__")
-        self.trajectories, self.seed, self.variant = int(trajectories.removesuffix("traj")), int(seed[1:]), " ".join(variant)
-        self.cell = self.env_id, self.setting, self.trajectories
-        self.finished = "finished_at_step" in self.config
-        training = self.path.parent / "training" / self.path.name
-        self.training = read_columns(training) if training.exists() else {}
-        if self.training:
-            ends, is_return = self.columns["step"], ~np.isnan(self.training["episodic_return"])
-            steps, returns = (self.training[name][is_return] for name in ("step", "episodic_return"))
-            since = [(begin < steps) & (steps <= end) for begin, end in itertools.pairwise([0, *ends])]
-            self.columns["training_return"] = np.array([returns[rows].mean() if rows.any() else np.nan for rows in since])
-
-
-def read_columns(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a CSV, as numbers but for the names."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = {name: np.array([row[name] or "nan" for row in rows]) for name in rows[0]}
-    return {name: column if name in NAMED else column.astype(float) for name, column in columns.items()}
-
-
-def load_runs(folder: str) -> list[Run]:
-    """The imitation runs in a folder of benchmark/results."""
-    paths = sorted((HERE / "results" / folder).glob("*__*traj__s*.csv"))
-    return [Run(path, json.loads(path.with_suffix(".json").read_text()), read_columns(path)) for path in paths]
+NAMES = {"diffail": "DiffAIL", "gail_baseline": "GAIL", "sac_baseline": "SAC"}
+METHODS = "diffail", "gail_baseline"  # those of the figures and of the table
+ROBOTS = "HalfCheetah-v4", "Ant-v4", "Hopper-v4", "Walker2d-v4"
+CELLS = list(product(ROBOTS, ("state-action", "state-only")))
+# Okabe and Ito's colours, which colour-blind readers can tell apart
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
 
 
 def expert_return(env_id: str) -> float:
-    """Mean return of the demonstrations."""
-    with np.load(HERE.parent / "demos" / f"{env_id}.npz", allow_pickle=False) as file:
-        return float(np.mean(json.loads(file["metadata"].item())["returns"]))
+    """Returns the mean return of the demonstrations, NaN where there are none."""
+    path = HERE.parent / "demos" / f"{env_id}.npz"
+    if not path.exists():
+        return np.nan
+    with np.load(path) as file:
+        return np.mean(json.loads(file["metadata"].item())["returns"])
 
 
-def paper_curve(paper: dict, env_id: str, setting: str, trajectories: int, algorithm: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and mean returns of the paper's seeds in this environment, setting and number of trajectories; empty where it has none.
-
-    The authors' plotting script draws at t the mean of the evaluations at t, t + 10k, t + 20k and t + 30k steps: here it is at t + 15k."""
-    rows = (paper["env"] == env_id.split("-v")[0]) & (paper["setting"] == setting)
-    rows &= (paper["algorithm"] == algorithm) & (paper["trajectories"] == trajectories)
-    return paper["step"][rows] + 15_000, paper["mean_return"][rows]
-
-
-def seeds_of(runs: list[Run]) -> str:
-    """Their seeds, and how far all of them have come if not all are finished, in words."""
-    words = f"{'seed' if len(runs) == 1 else 'seeds'} {', '.join(str(run.seed) for run in runs)}"
-    end = min(run.columns["step"][-1] for run in runs)
-    return words if all(run.finished and run.columns["step"][-1] == end for run in runs) else f"{words}, first {end / 1000:.0f}k steps"
+def read_run_dirs(paths: list[Path]) -> pd.DataFrame:
+    """Returns the evaluations of these runs; directories without any are left out."""
+    frames = [pd.DataFrame()]
+    for file in (file for path in paths for file in path.glob("evaluations.csv") if file.stat().st_size):
+        config = json.loads((file.parent / "config.json").read_text())
+        env_id = config["args"]["env_id"]
+        _, script, *setting, _ = file.resolve().parent.name.split("__")
+        frame = pd.read_csv(file).assign(run=str(file), script=script, env_id=env_id)
+        frame["setting"] = ", ".join(setting).removesuffix(", 1traj")  # empty for SAC
+        frames.append(frame.assign(expert=config.get("expert_return") or expert_return(env_id)))
+    return pd.concat(frames)
 
 
-def plot_group(axes: plt.Axes, runs: list[Run], column: str, style: tuple, label: str):
-    """One line: the mean over the seeds as far as all of them have come, and, with several, a band from the least to the greatest."""
-    n = min(len(run.columns["step"]) for run in runs)
-    values = np.array([run.columns[column][:n] for run in runs])
-    steps, (colour, line) = runs[0].columns["step"][:n], style
-    assert all((run.columns["step"][:n] == steps).all() for run in runs), f"{label}: evaluations at other steps"
-    axes.plot(steps / 1000, values.mean(0), linestyle=line, color=colour, lw=2.2, label=label, marker="o" if n == 1 else None)
-    if len(runs) > 1:
-        axes.fill_between(steps / 1000, values.min(0), values.max(0), color=colour, alpha=0.18, lw=0)
+def read_results() -> pd.DataFrame:
+    """Returns the evaluations of the imitation runs in benchmark/results."""
+    frames = []
+    for path in (HERE / "results").glob("*__state-*.csv"):
+        script, setting = path.stem.split("__")
+        frames.append(pd.read_csv(path).assign(script=script, setting=setting))
+    results = pd.concat(frames).rename(columns={"seed": "run"})
+    return results.assign(expert=results["env_id"].map(functools.cache(expert_return)))
 
 
-def groups(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs of several seeds under one label."""
-    labelled = defaultdict(list)
-    for run in sorted(runs, key=lambda run: (list(NAMES).index(run.script), run.variant, run.seed)):
-        labelled[NAMES[run.script] + (f" {run.variant}" if run.variant else "")].append(run)
-    return labelled
+def add(path: Path):
+    """Puts a finished run into benchmark/results, in the place of one of its environment and seed."""
+    config = json.loads(file.read_text()) if (file := path / "config.json").exists() else {}
+    kind = path.resolve().name.split("__")[1:-1]
+    if "finished_at_step" not in config or kind[2:] not in ([], ["1traj"]):
+        return print(f"left out, as it is no finished run with one demonstration: {path}")
+    run = {"env_id": config["args"]["env_id"], "seed": config["args"]["seed"]}
+    read = functools.partial(pd.read_csv, dtype=str, keep_default_na=False)  # all digits stay as they are
+
+    def merge(old: list[dict], own: list[dict]) -> list[dict]:
+        """Returns the other runs' rows and this run's own, in order."""
+        others = [row for row in old if (row["env_id"], int(row["seed"])) != tuple(run.values())]
+        return sorted(others + [run | row for row in own], key=lambda row: (row["env_id"], int(row["seed"])))
+
+    file = HERE / "results" / ("__".join(kind[:2]) + ".csv")
+    rows = read(file).to_dict("records") if file.exists() else []
+    configs = json.loads(file.with_suffix(".json").read_text()) if rows else []
+    pd.DataFrame(merge(rows, read(path / "evaluations.csv").to_dict("records"))).to_csv(file, index=False)
+    file.with_suffix(".json").write_text(json.dumps(merge(configs, [{"config": config}]), indent=1) + "\n")
 
 
-def drawn(runs: list[Run]) -> list[Run]:
-    """Without runs that were stopped where another of their script and variant has finished: a mean ends where its shortest run does."""
-    finished = {(run.script, run.variant) for run in runs if run.finished}
-    return [run for run in runs if run.finished or (run.script, run.variant) not in finished]
+def read_paper(env_id: str, setting: str, algorithm: str) -> pd.Series:
+    """Returns the mean returns of the paper's curve by step, empty where it has none."""
+    frame = pd.read_csv(HERE / "paper" / "learning_curves.csv")
+    cell = frame["env"].eq(env_id.removesuffix("-v4")) & frame["setting"].eq(setting)
+    curve = frame[cell & frame["algorithm"].eq(algorithm)].set_index("step")["mean_return"]
+    # A point is the mean of the evaluations from its step to 30,000 later: it belongs in their middle
+    return curve.set_axis(curve.index + 15_000)
 
 
-def finish(figure: plt.Figure, panels: list[plt.Axes], name: str):
-    """Legend, frame, grid, and the file."""
-    for axes in panels:
+def select(runs: pd.DataFrame, script: str, cell: tuple[str, str], column="mean_return") -> pd.DataFrame:
+    """Returns a column of the evaluations: a row for each step that all runs have, a column for each run."""
+    rows = (runs["script"] == script) & (runs["env_id"] == cell[0]) & (runs["setting"] == cell[1])
+    return runs[rows].pivot(index="step", columns="run", values=column).dropna()
+
+
+def save(figure: plt.Figure, path: Path):
+    """Writes the figure, with one legend for all of its panels below them."""
+    labelled = {}
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    labelled = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=1, frameon=False)
-    figure.savefig(HERE / "figures" / name, dpi=150)
-    plt.close(figure)
-    print(HERE / "figures" / name)
+        labelled |= {label: line for line, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=150)
+    print(path)
 
 
-def title(run: Run) -> str:
-    """Environment, setting, number of trajectories."""
-    return f"{run.env_id}, {run.setting}, {run.trajectories} {'trajectory' if run.trajectories == 1 else 'trajectories'}"
+def plot_curves(runs: pd.DataFrame, path: Path, percent: bool = False, paper: bool = False):
+    """Draws mean and range of the returns, a panel for each environment and setting."""
+    own = set(zip(runs["env_id"], runs["setting"]))
+    cells = [cell for cell in dict.fromkeys(CELLS + sorted(own)) if cell in own]
+    colours = dict(zip([*NAMES, *sorted(set(runs["script"]) - set(NAMES))], cycle(COLOURS)))
+    columns = min(len(cells), 2)
+    rows = -(-len(cells) // columns)  # rounded up
+    size = {"figsize": (8 if columns == 1 else 11, 1.4 + 2.8 * rows), "sharey": percent}
+    figure, grid = plt.subplots(rows, columns, squeeze=False, layout="constrained", **size)
+    for axes, cell in zip(grid.flat, cells):
+        members = runs[(runs["env_id"] == cell[0]) & (runs["setting"] == cell[1])]
+        expert = members["expert"].iloc[0]
+        unit = expert / 100 if percent else 1
+        for script in sorted(set(members["script"])):
+            returns, name = select(members, script, cell) / unit, NAMES.get(script, script)
+            steps, colour = returns.index / 1000, colours[script]
+            axes.plot(steps, returns.mean(axis=1), color=colour, lw=2.2, label=name, zorder=3)
+            axes.fill_between(steps, returns.min(axis=1), returns.max(axis=1), color=colour, alpha=0.2, lw=0)
+            curve = read_paper(*cell, name)
+            if paper and len(curve):
+                curve /= read_paper(*cell, "expert").max() / 100 if percent else 1
+                axes.plot(curve.index / 1000, curve, ":", color=colour, lw=1.8, label=f"{name} (paper)")
+        if not np.isnan(expert):
+            axes.axhline(expert / unit, color="black", lw=1.2, ls="--", label="expert")
+        axes.set(title=", ".join(filter(None, cell)), xlabel="thousand steps", xlim=(0, None))
+        axes.set_ylabel("% of the expert" if percent else "return")
+    for axes in grid.flat[len(cells) :]:
+        axes.remove()
+    save(figure, path)
 
 
-def mark_expert(axes: plt.Axes, env_id: str):
-    """A line at the mean return of the demonstrations."""
-    expert = expert_return(env_id)
-    axes.axhline(expert, color="black", lw=1.2, label=f"expert, {expert:.0f}")
+def plot_correlation(runs: pd.DataFrame, path: Path):
+    """Draws each evaluation's surrogate return by its true one; r is the mean of the seeds' correlations."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True, layout="constrained")
+    for axes, script, colour in zip(panels, METHODS, COLOURS):
+        true = select(runs, script, CELLS[0])
+        surrogate = select(runs, script, CELLS[0], "mean_surrogate_return")
+        axes.plot(true, surrogate, "o", color=colour, ms=6, alpha=0.5, mew=0)
+        axes.axvline(expert_return(CELLS[0][0]), color="black", lw=1.2, ls="--", label="expert")
+        axes.set_title(f"{NAMES[script]}: r = {true.corrwith(surrogate).mean():.2f}")
+        axes.set(xlabel="mean return of an evaluation", ylabel="mean surrogate return")
+    save(figure, path)
 
 
-def plot_paper(axes: plt.Axes, paper: dict, cell: tuple, algorithms: dict[str, tuple]):
-    """The paper's curves in one environment, setting and number of trajectories; algorithms: by name, the line's style."""
-    for algorithm, line in algorithms.items():
-        steps, returns = paper_curve(paper, *cell, algorithm)
-        if len(steps):
-            label = f"{algorithm} in the paper, mean of 5 seeds, smoothed"
-            axes.plot(steps / 1000, returns, linestyle=line, color=GREY, lw=2.2, label=label)
+def best_and_final(returns: pd.DataFrame, expert: float) -> str:
+    """Returns highest evaluation and mean of the last five in %: means over seeds, and ranges if several."""
+    texts = []
+    for values in (returns.max() * 100 / expert, returns.tail(5).mean() * 100 / expert):
+        span = f" ({values.min():.0f}–{values.max():.0f})" if len(values) > 1 else ""
+        texts.append(f"{values.mean():.0f}{span}")
+    return " / ".join(texts)
 
 
-def plot_returns(runs: list[Run], paper: dict, name: str):
-    """Learning curves of one environment and setting, with the expert's line and the paper's curves."""
-    figure, axes = plt.subplots(figsize=(7, 5.9), layout="constrained")
-    mark_expert(axes, runs[0].env_id)
-    plot_paper(axes, paper, runs[0].cell, {"DiffAIL": (0, (1, 1)), "GAIL": (0, (1, 4))})
-    for style, (label, seeds) in zip(STYLES, groups(runs).items(), strict=False):
-        plot_group(axes, seeds, "mean_return", style, f"{label}, {seeds_of(seeds)}")
-    axes.set(xlabel="environment steps (thousands)", ylabel="return", title=title(runs[0]))
-    finish(figure, [axes], f"{name}.png")
-
-
-def plot_variants(runs: list[Run], paper: dict, column: str, name: str):
-    """DiffAIL's variants in one environment and setting, a panel for each, beside the defaults and, for evaluations, the paper's curve."""
-    labelled = groups(runs)
-    defaults = labelled.pop(NAMES["diffail"], [])
-    rows = math.ceil(len(labelled) / 2)
-    figure, panels = plt.subplots(rows, 2, figsize=(9, 1.9 + 2.6 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained")
-    for axes, seeds in zip(panels.flat, labelled.values(), strict=False):
-        mark_expert(axes, runs[0].env_id)
-        if column == "mean_return":
-            plot_paper(axes, paper, runs[0].cell, {"DiffAIL": (0, (1, 1))})
-        if defaults:
-            plot_group(axes, defaults, column, (BLUE, "-"), f"DiffAIL, the defaults, {seeds_of(defaults)}")
-        plot_group(axes, seeds, column, (ORANGE, "--"), "the variant")
-        axes.set_title(f"{seeds[0].variant}\n{seeds_of(seeds)}", fontsize=12)
-    for axes in panels.flat[len(labelled) :]:
-        axes.set_axis_off()
-    figure.suptitle(title(runs[0]) + (", training episodes" if column == "training_return" else ""))
-    for axes in panels.flat[max(len(labelled) - 2, 0) : len(labelled)]:  # the lowest one of each column
-        axes.set_xlabel("environment steps (thousands)")
-        axes.tick_params(labelbottom=True)
-    for axes in panels[:, 0]:
-        axes.set_ylabel("return")
-    finish(figure, list(panels.flat[: len(labelled)]), f"{name}.png")
-
-
-def plot_overview(panels: dict[tuple, list[Run]], paper: dict):
-    """All environments and settings with one trajectory: our defaults and the paper's, each in per cent of its own expert."""
-    figure, axes = plt.subplots(len(ENVIRONMENTS), 2, figsize=(9, 12), sharey=True, layout="constrained")
-    for panel, (env_id, setting) in zip(axes.flat, itertools.product(ENVIRONMENTS, ("state-action", "state-only")), strict=True):
-        panel.axhline(100, color="black", lw=1.2, label="expert")
-        _, paper_expert = paper_curve(paper, env_id, setting, 1, "expert")
-        for (script, name), colour in zip(NAMES.items(), (BLUE, ORANGE), strict=True):
-            steps, returns = paper_curve(paper, env_id, setting, 1, name)
-            if len(steps):
-                label = f"{name} in the paper, mean of 5 seeds, smoothed"
-                panel.plot(steps / 1000, 100 * returns / paper_expert[0], linestyle=":", color=colour, lw=1.6, alpha=0.8, label=label)
-            runs = [run for run in panels.get((env_id, setting, 1), ()) if (run.script, run.variant) == (script, "")]
-            if runs:
-                n = min(len(run.columns["step"]) for run in runs)
-                shares = 100 * np.array([run.columns["mean_return"][:n] for run in runs]) / expert_return(env_id)
-                steps = runs[0].columns["step"][:n] / 1000
-                panel.plot(steps, shares.mean(0), color=colour, lw=2.2, label=f"{name}, here")
-                panel.fill_between(steps, shares.min(0), shares.max(0), color=colour, alpha=0.18, lw=0)
-        panel.set(title=f"{env_id}, {setting}", ylim=(-30, 135))
-    for panel in axes[-1]:
-        panel.set_xlabel("environment steps (thousands)")
-    for panel in axes[:, 0]:
-        panel.set_ylabel("% of the expert's return")
-    finish(figure, list(axes.flat), "overview.png")
-
-
-def plot_correlation(runs: list[Run], name: str):
-    """How the surrogate return goes with the true one, over the episodes of each evaluation, and over the evaluations of each run."""
-    figure, (within, across) = plt.subplots(2, figsize=(7, 9), layout="constrained")
-    expert = expert_return(runs[0].env_id)
-    colours = {"diffail": iter((BLUE, SKY, PURPLE, GREEN)), "gail_baseline": iter((ORANGE, AMBER, BROWN))}  # a seed each
-    for run, marker in zip(runs, itertools.cycle("os^Dv"), strict=False):
-        colour = next(colours[run.script])
-        steps, returns, stds, surrogate, correlation = (
-            run.columns[column] for column in ("step", "mean_return", "std_return", "mean_surrogate_return", "reward_correlation")
-        )
-        differ = stds >= ALIKE * expert
-        within.plot(steps[differ] / 1000, correlation[differ], marker, color=colour, ms=8)
-        within.plot(steps[~differ] / 1000, correlation[~differ], marker, color=colour, ms=5, mfc="none", alpha=0.6)
-        label = f"{NAMES[run.script]}, seed {run.seed}: r over evaluations = {np.corrcoef(surrogate, returns)[0, 1]:.2f}".replace("-", "−")
-        across.plot(returns, (surrogate - surrogate.min()) / np.ptp(surrogate), marker, color=colour, ms=6, alpha=0.8, label=label)
-    within.plot([], [], "o", color=GREY, ms=5, mfc="none", label=f"hollow: returns with std below {100 * ALIKE:.0f} % of the expert's")
-    within.axhline(0, color="black", lw=0.8)
-    within.set(xlabel="environment steps (thousands)", ylabel="r over an evaluation's episodes", ylim=(-1.05, 1.05), title=title(runs[0]))
-    across.set(xlabel="mean return of an evaluation", ylabel="mean surrogate return,\nscaled to 0 … 1")
-    finish(figure, [within, across], f"{name}__correlation.png")
-
-
-def plot_temperature(runs: list[Run], panel: str):
-    """Return and temperature alpha of runs with a fixed temperature and with --autotune."""
-    figure, panels = plt.subplots(2, figsize=(7, 7.3), sharex=True, layout="constrained")
-    mark_expert(panels[0], runs[0].env_id)
-    for (colour, line), run in zip(STYLES, runs, strict=False):
-        begin = run.config["resumed"][-1]["step"] if "until" in run.variant else 0  # until there it is the run it was taken from
-        for axes, columns, name in ((panels[0], run.columns, "mean_return"), (panels[1], run.training, "alpha")):
-            rows = (columns["step"] >= max(columns["step"][columns["step"] <= begin], default=0)) & ~np.isnan(columns[name])
-            axes.plot(columns["step"][rows] / 1000, columns[name][rows], linestyle=line, color=colour, lw=2.2)
-        panels[0].lines[-1].set_label(f"{TEMPERATURES[run.variant]}, seed {run.seed}")
-    panels[0].set(ylabel="return", title=title(runs[0]))
-    panels[1].set(xlabel="environment steps (thousands)", ylabel="temperature alpha", ylim=(0, None))
-    finish(figure, panels, f"{panel}__temperature.png")
-
-
-def plot_reward_by_velocity(path: Path):
-    """Both forms of the surrogate reward by forward velocity, in the replay buffer of a run and in its demonstration."""
-    figure, panels = plt.subplots(2, figsize=(7, 7.3), sharex=True, layout="constrained")
-    columns = read_columns(path)
-    panels[1].set_yscale("log", nonpositive="mask")
-    for axes, form in zip(panels, ("released", "paper"), strict=True):
-        for name, (colour, line), marker in zip(("replay buffer", "demonstration"), STYLES, "os", strict=False):
-            rows = columns["transitions"] == name
-            axes.plot(columns["velocity"][rows], columns[form][rows], linestyle=line, color=colour, marker=marker, lw=2.2, label=name)
-        axes.set_ylabel(f"c × reward per step,\n{form} form")
-    panels[0].set(title=", ".join(path.stem.split("__")[0:3:2]), ylim=(0, None))
-    panels[1].set(xlabel="forward velocity (m/s)")
-    finish(figure, panels, f"{path.stem}__reward.png")
-
-
-def best_and_final(returns: np.ndarray, expert: float) -> str:
-    """The highest return, and the mean of the last five, in per cent of the expert's."""
-    return f"{100 * returns.max() / expert:.0f} %, {100 * returns[-5:].mean() / expert:.0f} %"
-
-
-def summary(panels: dict[tuple, list[Run]], paper: dict) -> str:
-    """Markdown: best and final return of each run with the defaults, in per cent of the expert's, beside the paper's.
-
-    Of a run that was stopped it has the best return."""
-    head = ["environment, setting", *NAMES.values(), *(f"{name} in the paper" for name in NAMES.values())]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for env_id, setting in itertools.product(ENVIRONMENTS, ("state-action", "state-only")):
-        cell, ours, theirs = (env_id, setting, 1), [], []
-        for script in NAMES:
-            texts = []
-            for run in panels.get(cell, ()):
-                if (run.script, run.variant) == (script, ""):
-                    text = best_and_final(run.columns["mean_return"], expert_return(env_id))
-                    texts.append(text if run.finished else f"{text.split(',')[0]} until {run.columns['step'][-1] / 1000:.0f}k")
-            ours.append("; ".join(texts))
-        for name in NAMES.values():
-            returns, expert = (paper_curve(paper, *cell, algorithm)[1] for algorithm in (name, "expert"))
-            theirs.append(best_and_final(returns, expert[0]) if len(returns) else "")
-        lines.append(f"| {env_id}, {setting} | {' | '.join(ours + theirs)} |")
-    return "\n".join(lines)
-
-
-def table(runs: list[Run], paper: dict) -> str:
-    """Markdown: best and final return (mean of the last five evaluations) of every run, in per cent of the expert's, beside the paper's."""
-    head = ["run", "steps", "first at the expert's return", "best", "final", "the paper's best and final", "commits"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for run in runs:
-        expert, steps, returns = expert_return(run.env_id), run.columns["step"], run.columns["mean_return"]
-        above = steps[returns >= expert]
-        cells = [f"[{run.env_id}, {NAMES[run.script]}, {run.setting}, seed {run.seed}{', ' * bool(run.variant)}{run.variant}]"
-                 f"({run.path.name})"]  # fmt: skip
-        cells += ["stopped at " * (not run.finished) + f"{steps[-1] / 1000:.0f}k"]
-        cells += [f"{above[0] / 1000:.0f}k" if len(above) else "no"]
-        cells += [f"{round(value)}, {round(100 * value / expert)} %" for value in (returns.max(), returns[-5:].mean())]
-        cells[-1] = cells[-1] if run.finished else ""
-        theirs, expert = (paper_curve(paper, *run.cell, algorithm)[1] for algorithm in (NAMES[run.script], "expert"))
-        cells += [best_and_final(theirs, expert[0]) if len(theirs) else ""]
-        parts = run.config, *run.config.get("resumed", [])
-        cells += [", ".join(dict.fromkeys(part["commit"][:7] for part in parts))]
-        lines.append(f"| {' | '.join(cells)} |")
+def table(runs: pd.DataFrame) -> str:
+    """Returns README.md's table of results in Markdown."""
+    lines = ["| best / final, in % | DiffAIL | GAIL | DiffAIL, paper | GAIL, paper |", "|---" * 5 + "|"]
+    for cell in CELLS:
+        ours = [select(runs, script, cell) for script in METHODS]
+        texts = [f"{best_and_final(seeds, expert_return(cell[0]))}, n = {seeds.shape[1]}" for seeds in ours]
+        papers = [read_paper(*cell, NAMES[script]).to_frame() for script in METHODS]
+        texts += [best_and_final(curve, read_paper(*cell, "expert").max()) for curve in papers]
+        texts = [text if len(returns) else "" for text, returns in zip(texts, ours + papers)]
+        lines.append(f"| {', '.join(cell)} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
 def main():
-    plt.rcParams.update({"font.size": 13, "axes.titlesize": 14})
-    paper = read_columns(HERE / "paper" / "learning_curves.csv")
-    runs, tried = load_runs(""), load_runs("tried")
-    panels = defaultdict(list)
-    for run in runs:
-        panels[run.cell].append(run)
-    (HERE / "figures").mkdir(exist_ok=True)
-    plot_overview({cell: drawn(members) for cell, members in panels.items()}, paper)
-    for (env_id, setting, trajectories), members in panels.items():
-        members = drawn(members)
-        name = f"{env_id}__{setting}__{trajectories}traj"
-        defaults = [run for run in members if run.variant == ""]
-        if defaults:
-            plot_returns(defaults, paper, name)
-        for column, figure in (("mean_return", "variants"), ("training_return", "training")):
-            explored = [run for run in members if run.script == "diffail" and column in run.columns]
-            if any(run.variant for run in explored):
-                plot_variants(explored, paper, column, f"{name}__{figure}")
-        tuned = [run for run in (*members, *tried) if run.script == "diffail" and run.variant in TEMPERATURES]
-        tuned = [run for run in tuned if (*run.cell, run.seed) == (env_id, setting, trajectories, 1)]
-        if any(run.variant in TUNED for run in tuned):
-            plot_temperature(tuned, name)
-        measured = [run for run in members if run.variant == "" and "reward_correlation" in run.columns]
-        if len({run.script for run in measured}) == 2:
-            plot_correlation(measured, name)
-    for path in sorted((HERE / "results" / "reward_by_velocity").glob("*.csv")):
-        plot_reward_by_velocity(path)
-    defaults, variants = ([run for run in runs if bool(run.variant) == varied] for varied in (False, True))
-    print(summary(panels, paper), table(defaults, paper), table(variants, paper), sep="\n\n")
+    """Draws what is asked for, or adds the runs to benchmark/results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, help="run directories; none: benchmark/results")
+    parser.add_argument("--add", action="store_true", help="put the runs into benchmark/results")
+    parser.add_argument("--output", type=Path, default=Path("learning_curves.png"), help="figure of the runs")
+    options = parser.parse_args()
+    plt.rcParams.update({"backend": "agg", "font.size": 12})
+    if options.add:
+        for path in options.runs:
+            add(path)
+        return
+    runs, figures = read_run_dirs(options.runs) if options.runs else read_results(), HERE / "figures"
+    if runs.empty:
+        parser.error("these runs have no evaluations yet")
+    if options.runs:
+        return plot_curves(runs, options.output)
+    example = runs.query(f"script == 'diffail' and env_id == '{ROBOTS[0]}' and setting == 'state-only'")
+    plot_curves(example, figures / f"{ROBOTS[0]}__state-only.png", paper=True)
+    plot_curves(runs, figures / "overview.png", percent=True, paper=True)
+    plot_correlation(runs, figures / "correlation.png")
+    print(table(runs))
 
 
 if __name__ == "__main__":
