@@ -1,8 +1,8 @@
 """DiffAIL: adversarial imitation learning whose discriminator is a diffusion model, in one file.
 
 Wang et al., "DiffAIL: Diffusion Adversarial Imitation Learning", AAAI 2024, arXiv 2312.06348. Learn to behave as
-an expert was seen to, without rewards. Two learners take turns: a discriminator tells the expert's x from the
-policy's, and the policy is paid for x that looks like the expert's. x is a state and an action, [s, a], or with
+an expert was seen to, without rewards. Two learners take turns: a discriminator tells the expert's x from that of
+the policy, and the policy is paid for x that looks like the expert's. x is a state and an action, [s, a], or with
 --state-only a state and the next one, [s, s'].
 
     x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps  mix noise eps into x, t = 1 ... T      squared_error
@@ -10,7 +10,7 @@ policy's, and the policy is paid for x that looks like the expert's. x is a stat
     D = exp(-mean e^2)                           near 1: the expert's                   one_minus_d
     min E_expert[e^2] - E_policy[log(1 - D)]     denoise the expert's x, no other       Discriminator.loss
     R = -log(1 - D), D averaged over t           what the policy is paid                Discriminator.reward
-    max E[sum of gamma^k (2 R - alpha log pi)]   SAC, arXiv 1812.05905                  critic_loss, actor_loss
+    max E[sum of gamma^k (2 R - alpha log pi)]   by SAC, arXiv 1812.05905               critic_loss, actor_loss
 
 The true reward is never learned from: it is not stored, only logged.
 
@@ -43,7 +43,6 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    # What to imitate
     env_id: str = "HalfCheetah-v4"  # Gymnasium environment with Box observations and Box actions
     state_only: bool = False  # imitate pairs of states [s, s'] instead of pairs [s, a]
     demos: Path | None = None  # demonstrations (.npz); None: demos/ENV_ID.npz beside this script
@@ -69,19 +68,19 @@ class Args:
     # The run
     eval_every: int = 10_000  # steps between evaluations, each with a checkpoint
     eval_episodes: int = 10  # episodes of the deterministic policy per evaluation
-    resume: bool = False  # go on from the run's last checkpoint, or begin where there is none
+    resume: bool = False  # go on from the last checkpoint, or begin where there is none
     output_dir: Path = Path("runs")  # folder of the run directories
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
+    device: Literal["auto", "cpu"] = "auto"  # auto: CUDA where there is one
     threads: int = 2  # of PyTorch on the CPU; 1 each for several runs side by side
     compile: bool | None = None  # torch.compile: slower start, faster steps; None: where a compiler is
 
 
-HOPPER = {"objective_form": "released", "normalize": True, "grad_penalty": 0.1, "discriminator_window": 100_000}
 ROBOTS = {  # their own defaults, found by experiment
-    "Hopper": {"total_timesteps": 750_000, **HOPPER},
+    "Hopper": {"total_timesteps": 750_000, "objective_form": "released", "normalize": True, "grad_penalty": 0.1,
+               "discriminator_window": 100_000},
     "Walker2d": {"total_timesteps": 750_000},
     "Ant": {"alpha": 0.06},
-}
+}  # fmt: skip
 MAY_CHANGE_ON_RESUME = {"demos", "total_timesteps", "resume", "output_dir", "device", "threads", "compile"}
 NAMES = "observations", "actions", "next_observations", "rewards", "terminations", "truncations"
 
@@ -119,40 +118,38 @@ class Discriminator(nn.Module):
         self.register_buffer("std", std.masked_fill(std < 2e-6, 1.0))  # what never varies is only centred
         self.register_buffer("mean", expert.mean(0) if args.normalize else torch.zeros(dim))
         angles = torch.arange(steps)[:, None] * torch.exp(-math.log(10_000) * torch.arange(8) / 7)
-        self.register_buffer("time_embedding", torch.cat([angles.sin(), angles.cos()], -1))  # Vaswani et al. 2017
+        self.register_buffer("embedding", torch.cat([angles.sin(), angles.cos()], -1))  # [T, 16], Vaswani et al. 2017
         self.time_in, self.time_out = nn.Linear(16, 32), nn.Linear(32, 16)
         self.hidden = nn.ModuleList(nn.Linear(width, 128) for width in (dim + 16, 128, 128))
         self.out = nn.Linear(128, dim)
 
     def predict_noise(self, x_t, t):
-        """eps_phi [..., d], an MLP on x_t [..., d] and an embedding of t."""
-        embedding = self.time_out(mish(self.time_in(self.time_embedding[t])))
+        """eps_phi [..., d], an MLP on x_t and an embedding of t."""
+        embedding = self.time_out(mish(self.time_in(self.embedding[t])))
         h = torch.cat([x_t, embedding.expand(*x_t.shape[:-1], 16)], dim=-1)
         for layer in self.hidden:
             h = mish(F.linear(h, layer.weight) + layer.bias)  # layer(h), but that copies the bias to all rows
         return self.out(h)
 
     def squared_error(self, x, t=None):
-        """e^2 of scaled x, [..., d]; noise is drawn here, and so is t, 0 ... T - 1, where it is not given."""
+        """e^2 of scaled x [..., d]; draws the noise, and t, 0 ... T - 1, where it is not given."""
         eps = torch.randn(x.shape, device=x.device)
         t = torch.randint(len(self.noise), x.shape[:-1], device=x.device) if t is None else t
         return (eps - self.predict_noise(self.signal[t] * x + self.noise[t] * eps, t)).square()
 
     def one_minus_d(self, error, form, dim=-1):
-        """1 - D: D = exp(-mean e^2) or, as released for R, mean exp(-e^2). At least 1e-30, as its log is next."""
+        """1 - D, of D = exp(-mean e^2) or, as released for R, D = mean exp(-e^2). At least 1e-30, for its log."""
         if form == "paper":
-            return -torch.expm1(-error.mean(dim).clamp(min=1e-30))  # 1 - exp() would have no digits near D = 1
+            return -torch.expm1(-error.mean(dim).clamp(min=1e-30))  # exact near D = 1
         return (-torch.expm1(-error).mean(dim)).clamp(min=1e-30)
 
     def loss(self, expert: Tensor, policy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective for x of the expert and of the policy, [B, d] each, and its parts to log."""
         expert, policy = (expert - self.mean) / self.std, (policy - self.mean) / self.std
         expert_error, policy_error = self.squared_error(torch.cat([expert, policy])).chunk(2)
-        parts = {
-            "expert_loss": expert_error.mean(),  # -log D
-            "policy_loss": -self.one_minus_d(policy_error, self.args.objective_form).log().mean(),
-        }
-        loss = parts["expert_loss"] + parts["policy_loss"]
+        expert_loss = expert_error.mean()  # -log D
+        policy_loss = -self.one_minus_d(policy_error, self.args.objective_form).log().mean()
+        loss, parts = expert_loss + policy_loss, {"expert_loss": expert_loss, "policy_loss": policy_loss}
         if self.args.grad_penalty:  # between the expert's and the policy's (Gulrajani et al. 2017, eq. 3)
             mix = torch.rand(len(expert), 1, device=expert.device)
             x = (mix * expert + (1 - mix) * policy).requires_grad_()
@@ -168,9 +165,6 @@ class Discriminator(nn.Module):
         t = torch.arange(len(self.noise), device=x.device)[:, None]
         error = self.squared_error(((x - self.mean) / self.std).expand(len(t), *x.shape), t)  # [T, B, d]
         return -self.one_minus_d(error, self.args.reward_form, dim=(0, 2)).log()
-
-
-# --- SAC ---
 
 
 def mlp(inputs, outputs):
@@ -205,7 +199,7 @@ class ReplayBuffer:
         self.size.fill_(step)
 
     def sample(self, batch_size, window=None):
-        """Parts [batch_size, width] of uniform transitions, of all or of the last `window`."""
+        """Parts [batch_size, width] of random transitions, of all or of the last `window`."""
         count = self.size.clamp(max=window or len(self.rows))
         # randint would read its bound on the host, and wait for the GPU. The remainder's bias is below 1e-12.
         rows = self.size - count + torch.randint(2**62, (batch_size,), device=count.device) % count
@@ -213,14 +207,14 @@ class ReplayBuffer:
 
 
 def backward(loss_function, parameters, *batch):
-    """The loss's gradients, into these parameters alone; returns the scalars to log that come with it."""
+    """Gradients of the loss, into these parameters alone; returns the scalars to log."""
     loss, scalars = loss_function(*batch)
     loss.backward(inputs=parameters)
     return {name: value.detach() for name, value in scalars.items()}
 
 
 class Agent(nn.Module):
-    """Networks, optimizers and update, from the expert's s [N, obs], a [N, act] in [-1, 1] and s_next [N, obs]."""
+    """Networks, optimizers and update, given the expert's s, a in [-1, 1] and s_next, [N, dim] each."""
 
     def __init__(self, demos, args):
         super().__init__()
@@ -235,7 +229,7 @@ class Agent(nn.Module):
         adam = partial(torch.optim.Adam, fused=True, capturable=True)  # capturable in a CUDA graph
         sac_adam = partial(adam, lr=args.sac_lr, betas=(0.25, 0.999))  # the reward moves: little momentum
         self.discriminator_adam = adam(self.discriminator.parameters(), lr=args.discriminator_lr)
-        self.critic_adam, self.actor_adam = map(sac_adam, (self.critics.parameters(), self.actor.parameters()))
+        self.critic_adam, self.actor_adam = sac_adam(self.critics.parameters()), sac_adam(self.actor.parameters())
         self.backward, self.reward = backward, self.discriminator.reward
         if args.compile:  # two fifths off a step on a CPU
             torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradients become one program
@@ -272,8 +266,7 @@ class Agent(nn.Module):
         return scalars
 
     def critic_loss(self, s, a, s_next, rewards):
-        """Soft Bellman error of both critics (SAC, eq. 5). Values go on through a fall: as rewards are never
-        negative, staying alive would else be good in itself."""
+        """Soft Bellman error (SAC, eq. 5). Values go on through a fall: as R >= 0, living would else pay by itself."""
         with torch.no_grad():
             a_next, log_prob, _, _ = sample(self.actor, s_next)
             value = torch.min(*q_values(self.targets, s_next, a_next)) - self.log_alpha.exp() * log_prob
@@ -290,7 +283,7 @@ class Agent(nn.Module):
 
 
 def graphed(function):
-    """Yields what `function` returns on a GPU: three times as it is, to fill caches, then by one CUDA graph."""
+    """Yields what `function` returns: on a GPU, three times as it is, to fill caches, then by a CUDA graph."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     for _ in range(3):
         stream.wait_stream(torch.cuda.current_stream())
@@ -305,36 +298,47 @@ def graphed(function):
         yield result
 
 
-# --- Input, environment, files ---
-
-
 def fail(message, code=2):
-    """End the program with one line on stderr; code 2: the user's input, files or disk."""
+    """End with one line on stderr; code 2 is for the user's input, files and disk."""
     tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
 
 
+def check_args(args):
+    """Exit with code 2 where a number is out of range, or a compiler is asked for that is not there."""
+    for name, value in vars(args).items():
+        least = {"seed": 0, "alpha": 1e-6}.get(name, 1 if type(value) is int else 0)
+        most = 1 if name in ("gamma", "cut_probability") else 2**63 - 1
+        if type(value) in (int, float) and not least <= value <= most and not name.endswith("_return"):
+            fail(f"--{name.replace('_', '-')} is {value}, and must be from {least} to {most}")
+    if max(args.learning_starts + 1, args.batch_size) > args.total_timesteps:
+        fail(f"--total-timesteps {args.total_timesteps} is too few for --learning-starts and --batch-size")
+    has_compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
+    if args.compile and not has_compiler:
+        fail("--compile True needs a C++ compiler, g++ or what CXX names")
+    args.compile = has_compiler if args.compile is None else args.compile
+
+
 def make_env(env_id: str) -> gym.Env:
-    """A Gymnasium environment with actions in [-1, 1] and float32 observations. Exits with code 2 where it is
-    unknown, or a space is no one-dimensional Box of floats, bounded for actions."""
+    """Actions are in [-1, 1], observations float32. Exits with code 2 where that cannot be."""
     gym.logger.min_level = gym.logger.ERROR  # no warning that v4 is out of date: v4 is meant
     try:
         env = gym.make(env_id)
     except Exception as error:  # environments fail in ways of their own
         fail(f"cannot make the environment {env_id!r}: {error}")
-    for space in env.observation_space, env.action_space:
+    obs, act = env.observation_space, env.action_space
+    for space in obs, act:
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
             fail(f"{env_id}: spaces must be one-dimensional Boxes of floats, not {space}")
-    if not space.is_bounded() or (space.low >= space.high).any():
-        fail(f"{env_id}: actions must have finite bounds, the lower below the upper, not {space}")
-    box = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+    if not act.is_bounded() or (act.low >= act.high).any():
+        fail(f"{env_id}: actions must have finite bounds, the lower below the upper, not {act}")
+    box = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
     env = gym.wrappers.TransformObservation(env, lambda s: s.astype(np.float32), box)
     return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
 
 
 def load_demonstrations(path: Path, env: gym.Env, num_trajectories: int) -> tuple[list[Tensor], float]:
-    """s, a in [-1, 1] and s_next [N, dim] of a file's first episodes, and the mean return of all. Exits with code 2
-    where the file is missing, damaged, not finite, of another environment, or too short."""
+    """s, a in [-1, 1] and s_next [N, dim], and the expert's return. Exits with code 2 where the file is not right."""
     env_id, space, obs = env.spec.id, env.env.action_space, env.observation_space.shape
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -346,36 +350,36 @@ def load_demonstrations(path: Path, env: gym.Env, num_trajectories: int) -> tupl
         fail(f"{path} is no demonstration file: {type(error).__name__} {error}; to make one: {make}")
     if recorded_in != env_id:
         fail(f"{path} was recorded in {recorded_in}, not in {env_id}")
-    for name, x, *wanted in zip(NAMES, data, [obs, space.shape, obs, (), (), ()], "ffffbb"):
-        if n == 0 or [x.shape[1:], x.dtype.kind] != wanted or len(x) != n or not np.isfinite(x).all():
-            fail(f"{path}: {name} is {x.dtype} {x.shape}; {env_id} asks for {wanted}, all of it finite")
+    for name, x, shape in zip(NAMES, data, [obs, space.shape, obs, (), (), ()]):
+        dtype = np.dtype(bool if name in NAMES[4:] else np.float32)
+        if n == 0 or (x.dtype, x.shape) != (dtype, (n, *shape)) or not np.isfinite(x).all():
+            fail(f"{path}: {name} is {x.dtype} {x.shape}; {env_id} asks for finite {dtype} {(n, *shape)}, n > 0")
     s, a, s_next, *_ = data
     if (a < space.low - 1e-5).any() or (a > space.high + 1e-5).any():
         fail(f"{path}: some actions are outside the bounds of {env_id}")
     if num_trajectories > len(ends) or not math.isfinite(expert_return):
-        fail(f"{path} has {len(ends)} episodes of mean return {expert_return}; {num_trajectories} are asked for")
-    a = 2 * (a - space.low) / (space.high - space.low) - 1
-    return [torch.from_numpy(x[: ends[num_trajectories - 1]]).float() for x in (s, a, s_next)], expert_return
+        fail(f"{path} has {len(ends)} episodes of return {expert_return}; --num-trajectories is {num_trajectories}")
+    a = (2 * (a - space.low) / (space.high - space.low) - 1).astype(np.float32)
+    return [torch.from_numpy(x[: ends[num_trajectories - 1]]) for x in (s, a, s_next)], expert_return
 
 
 def write_file(path, content):
-    """Write text, or what torch.save takes, beside `path` and rename it: `path` is whole, or as it was."""
+    """Write text, or what torch.save takes: `path` is written whole, or left as it was."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+        temporary.write_text(content) if isinstance(content, str) else torch.save(content, temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         fail(f"cannot write {path}, and left it as it was: {error}")
 
 
 def episode_seed(*key):
-    """One for each episode, from the run's seed, 0 for training or 1 for evaluation, and numbers."""
+    """One for each episode, from the run's seed, 0 (training) or 1 (evaluation), and numbers."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def play_episode(actor: nn.Module, env: gym.Env, seed: int) -> list[np.ndarray]:
-    """One episode of the deterministic policy tanh(mean): what NAMES says, with actions in [-1, 1]."""
+    """An episode of the deterministic policy tanh(mean): what NAMES says, with actions in [-1, 1]."""
     actor = copy.deepcopy(actor).cpu()  # one state at a time is faster there than on a GPU
     steps, done, (s, _) = [], False, env.reset(seed=seed)
     while not done:
@@ -388,7 +392,7 @@ def play_episode(actor: nn.Module, env: gym.Env, seed: int) -> list[np.ndarray]:
 
 
 def evaluate(agent, env, seeds):
-    """Means over an episode for each seed, and the correlation of their surrogate and true returns."""
+    """Means over an episode a seed, and the correlation of surrogate and true return."""
     returns, lengths, surrogates = [], [], []
     for seed in seeds:
         s, a, s_next, rewards, *_ = play_episode(agent.actor, env, seed)
@@ -396,26 +400,17 @@ def evaluate(agent, env, seeds):
         with torch.random.fork_rng():  # the same noise each time, and none of the training's
             torch.manual_seed(0)
             surrogates.append(2 * agent.discriminator.reward(x).sum().item())
-        returns.append(rewards.sum())
-        lengths.append(len(s))
-    alike = np.ptp(returns) == 0 or np.ptp(surrogates) == 0
-    correlation = math.nan if alike else np.corrcoef(surrogates, returns)[0, 1]
+        returns, lengths = [*returns, rewards.sum()], [*lengths, len(s)]
+    varies = np.ptp(returns) > 0 and np.ptp(surrogates) > 0
     means = {"mean_return": np.mean(returns), "std_return": np.std(returns), "mean_length": np.mean(lengths)}
-    return means | {"mean_surrogate_return": np.mean(surrogates), "reward_correlation": correlation}
+    means |= {"mean_surrogate_return": np.mean(surrogates)}
+    return means | {"reward_correlation": np.corrcoef(surrogates, returns)[0, 1] if varies else math.nan}
 
 
 def train(args: Args):
     # Set-up: what the user gave is checked before anything is written.
+    check_args(args)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    has_compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
-    args.compile = has_compiler if args.compile is None else args.compile
-    if args.device == "cuda" != device.type or args.compile > has_compiler:
-        fail("--device cuda needs a CUDA device, --compile True a C++ compiler, g++ or what CXX names")
-    for name, value in vars(args).items():
-        if type(value) in (int, float) and not 0 <= value < 2**63 or (value == 0 and type(value) is int and name != "seed"):
-            fail(f"--{name.replace('_', '-')} {value} is out of range")
-    if max(args.learning_starts + 1, args.batch_size) > args.total_timesteps:
-        fail(f"--total-timesteps {args.total_timesteps} is too few for --learning-starts and --batch-size")
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # dead units leave denormal numbers in Adam, which are slow
     torch.manual_seed(args.seed)
@@ -430,18 +425,19 @@ def train(args: Args):
     if device.type == "cuda":
         act, update = partial(next, graphed(act)), partial(next, graphed(update))
 
-    # The run, from its beginning or from its checkpoint; `run` is what is neither learned nor stored
+    # The run, from its beginning or from its checkpoint
     setting = "state-only" if args.state_only else "state-action"
     run_name = f"{args.env_id}__{Path(__file__).stem}__{setting}__{args.num_trajectories}traj__s{args.seed}"
     run_dir, checkpoint = args.output_dir / run_name, args.output_dir / run_name / "checkpoint.pt"
     if run_dir.exists() and not args.resume:
-        fail(f"{run_dir} holds a run already: go on with it by --resume, or choose another --output-dir or --seed")
+        fail(f"{run_dir} holds a run already: --resume it, or choose another --output-dir or --seed")
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
-    config = {"args": {name: str(value) for name, value in vars(args).items()}, "expert_return": expert_return}
+    config = {"args": {name: str(value) for name, value in vars(args).items()}}
     config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     config["versions"] = {module.__name__: str(module.__version__) for module in (torch, gym, mujoco, np)}
+    config["expert_return"] = expert_return
     learned = agent, agent.discriminator_adam, agent.critic_adam, agent.actor_adam
-    run = {"step": 0, "seconds": 0.0, "csv": "", "returns": []}
+    run = {"step": 0, "seconds": 0.0, "csv": ""}
     run |= {"episode": 0, "begun": 0, "return": 0.0, "length": 0, "fallen": False}
     if args.resume and checkpoint.exists():
         try:
@@ -451,11 +447,10 @@ def train(args: Args):
                 part.load_state_dict(saved)
             buffer.rows[: run["step"]] = state["rows"]
             buffer.size.fill_(run["step"])
-            torch.manual_seed(args.seed + run["step"])  # for a GPU, where runs do not repeat to the bit
             torch.set_rng_state(state["rng"].cpu())
         except Exception as error:  # what a damaged archive raises is open-ended
             fail(f"{checkpoint} cannot be read, and is left as it is: {type(error).__name__}")
-        changed = [name for name in before.keys() - MAY_CHANGE_ON_RESUME if before[name] != config["args"][name]]
+        changed = [x for x in before.keys() - MAY_CHANGE_ON_RESUME if before[x] != config["args"][x]]
         if changed:
             fail(f"{run_dir} was made with another {', '.join(changed)}; --resume needs the same arguments")
     s, _ = env.reset(seed=episode_seed(args.seed, 0, run["episode"]))
@@ -467,7 +462,6 @@ def train(args: Args):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: signals.append(number))
     clock, steps = time.time() - run["seconds"], range(run["step"] + 1, args.total_timesteps + 1)
-    share = (lambda r: f", {100 * r / expert_return:.1f} % of the expert's") if expert_return > 0 else lambda r: ""
 
     for step in (progress := tqdm(steps, initial=run["step"], total=args.total_timesteps, disable=None)):
         # Learn, and only then step the environment: on a GPU both work at the same time.
@@ -489,13 +483,15 @@ def train(args: Args):
         if step % 1_000 == 0:
             logs |= {f"losses/{name}": value.item() for name, value in scalars.items()}
         if step % args.eval_every == 0:
-            row = evaluate(agent, eval_env, [episode_seed(args.seed, 1, step, i) for i in range(args.eval_episodes)])
+            seeds = [episode_seed(args.seed, 1, step, i) for i in range(args.eval_episodes)]
+            row = evaluate(agent, eval_env, seeds)
             logs |= {f"eval/{name}": value for name, value in row.items()}
             logs["charts/SPS"] = step / (time.time() - clock)
-            run["returns"].append(mean := float(row["mean_return"]))
             run["csv"] += "" if run["csv"] else ",".join(["step", *row]) + "\n"
             run["csv"] += ",".join([str(step), *(f"{value:.3f}" for value in row.values())]) + "\n"
-            progress.write(f"{step:>9,} steps: return {mean:8.1f} ± {row['std_return']:6.1f}{share(mean)}")
+            mean, std = row["mean_return"], row["std_return"]
+            share = f", {100 * mean / expert_return:.1f} % of the expert's" if expert_return > 0 else ""
+            progress.write(f"{step:>9,} steps: return {mean:8.1f} ± {std:6.1f}{share}")
         for name, value in logs.items():
             writer.add_scalar(name, value, step)
         if signals or step % args.eval_every == 0 or step == args.total_timesteps:
@@ -508,12 +504,12 @@ def train(args: Args):
             write_file(run_dir / "policy.pt", agent.actor.state_dict())
             write_file(run_dir / "evaluations.csv", run["csv"])
         if signals and step < args.total_timesteps:
-            fail(f"{run_dir}: stopped at step {step:,}; the same command with --resume goes on", 128 + signals[0])
+            fail(f"{run_dir}: stopped at step {step:,}; --resume goes on from there", 128 + signals[0])
 
     writer.close()
-    write_file(run_dir / "config.json", json.dumps(config | {"finished_at_step": run["step"], "seconds": run["seconds"]}, indent=2))
-    best, final = max(run["returns"], default=math.nan), np.mean(run["returns"][-5:])
-    print(f"{run_dir}: best return {best:.1f}{share(best)}; final {final:.1f}{share(final)} (mean of the last 5)")
+    config |= {"finished_at_step": run["step"], "wall_time_seconds": round(run["seconds"])}
+    write_file(run_dir / "config.json", json.dumps(config, indent=2))
+    print(f"{run_dir}: {run['step']:,} steps in {run['seconds'] / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
