@@ -1,25 +1,20 @@
 """DiffAIL: adversarial imitation learning whose discriminator is a diffusion model, in one file.
+Wang et al., "DiffAIL: Diffusion Adversarial Imitation Learning", AAAI 2024, arXiv 2312.06348.
 
-Wang et al., "DiffAIL: Diffusion Adversarial Imitation Learning", AAAI 2024, arXiv 2312.06348. Learn to behave as
-an expert was seen to, without rewards. Two learners take turns: a discriminator tells the expert's x from that of
-the policy, and the policy is paid for x that looks like the expert's. x is a state and an action, [s, a], or with
---state-only a state and the next one, [s, s'].
+A discriminator learns to tell the expert's x from the policy's; the policy is paid for x like the expert's.
+x is a state and an action, [s, a], or with --state-only a state and the next, [s, s']. The true reward is only
+logged.
 
-    x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps  mix noise eps into x, t = 1 ... T      squared_error
-    e^2 = (eps - eps_phi(x_t, t))^2              predict eps: one error per coordinate  predict_noise
-    D = exp(-mean e^2)                           near 1: the expert's                   one_minus_d
-    min E_expert[e^2] - E_policy[log(1 - D)]     denoise the expert's x, no other       Discriminator.loss
-    R = -log(1 - D), D averaged over t           what the policy is paid                Discriminator.reward
-    max E[sum of gamma^k (2 R - alpha log pi)]   by SAC, arXiv 1812.05905               critic_loss, actor_loss
-
-The true reward is never learned from: it is not stored, only logged.
-
-    python diffail.py --env-id HalfCheetah-v4 --state-only
+    x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps  mix noise eps into x, t = 1 ... T  squared_error
+    e^2 = (eps - eps_phi(x_t, t))^2              predict eps, for each coordinate   predict_noise
+    D = exp(-mean e^2)                           near 1: the expert's               one_minus_d
+    min E_expert[e^2] - E_policy[log(1 - D)]     denoise the expert's x alone       Discriminator.loss
+    R = -log(1 - mean exp(-e^2)), over all t     pay, as in the authors' code       Discriminator.reward
+    max E[sum of gamma^k (2 R - alpha log pi)]   by SAC, arXiv 1812.05905           critic_loss, actor_loss
 """
 import copy
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -28,6 +23,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import gymnasium as gym
@@ -43,20 +39,20 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "HalfCheetah-v4"  # Gymnasium environment with Box observations and Box actions
-    state_only: bool = False  # imitate pairs of states [s, s'] instead of pairs [s, a]
+    env_id: str = "HalfCheetah-v4"  # Gymnasium environment, its observations and actions Boxes of floats
+    state_only: bool = False  # imitate [s, s'] instead of [s, a]
     demos: Path | None = None  # demonstrations (.npz); None: demos/ENV_ID.npz beside this script
-    num_trajectories: int = 1  # demonstrated episodes to learn from, the first ones of the file
+    num_trajectories: int = 1  # demonstrated episodes to learn from, the first of the file
     seed: int = 1  # of everything random
     total_timesteps: int = 500_000  # environment steps
     # Discriminator
+    normalize: bool = False  # scale x by the expert's mean and standard deviation
+    discriminator_window: int = 1_000_000  # learn from the policy's last so many steps
     diffusion_steps: int = 10  # T
     noise_schedule: Literal["linear", "cosine", "vp"] = "linear"  # of the noise's variances over t
     objective_form: Literal["paper", "released"] = "paper"  # D to learn by, see one_minus_d
-    reward_form: Literal["paper", "released"] = "released"  # D to pay by; paper needs a lower --alpha
-    normalize: bool = False  # scale x to the expert's mean 0 and standard deviation 0.5
+    reward_form: Literal["paper", "released"] = "released"  # D to pay by; paper pays more: lower --alpha
     grad_penalty: float = 0.0  # weight of (|grad_x D| - 1)^2, which keeps D from being a cliff
-    discriminator_window: int = 1_000_000  # learn from the policy's last so many steps
     discriminator_lr: float = 3e-5  # Adam learning rate
     # SAC
     learning_starts: int = 5_000  # uniformly random steps before the first update
@@ -64,104 +60,103 @@ class Args:
     gamma: float = 0.99  # discount factor
     sac_lr: float = 3e-4  # Adam learning rate of actor and critics
     alpha: float | None = None  # temperature, the weight of entropy; None: 0.12 / dim(A)
-    cut_probability: float = 0.01  # that a training episode ends, in each step from a fall on
+    cut_probability: float = 0.01  # that a training episode ends, in each step from a fall (termination) on
     # The run
     eval_every: int = 10_000  # steps between evaluations, each with a checkpoint
     eval_episodes: int = 10  # episodes of the deterministic policy per evaluation
     resume: bool = False  # go on from the last checkpoint, or begin where there is none
     output_dir: Path = Path("runs")  # folder of the run directories
     device: Literal["auto", "cpu"] = "auto"  # auto: CUDA where there is one
-    threads: int = 2  # of PyTorch on the CPU; 1 each for several runs side by side
+    threads: int = 2  # of PyTorch on the CPU
     compile: bool | None = None  # torch.compile: slower start, faster steps; None: where a compiler is
 
 
 ROBOTS = {  # their own defaults, found by experiment
-    "Hopper": {"total_timesteps": 750_000, "objective_form": "released", "normalize": True, "grad_penalty": 0.1,
-               "discriminator_window": 100_000},
-    "Walker2d": {"total_timesteps": 750_000},
-    "Ant": {"alpha": 0.06},
+    "Walker2d": Args(total_timesteps=750_000),
+    "Hopper": Args(total_timesteps=750_000, normalize=True, discriminator_window=100_000,
+                   objective_form="released", grad_penalty=0.1),
+    "Ant": Args(alpha=0.06),
 }  # fmt: skip
 MAY_CHANGE_ON_RESUME = {"demos", "total_timesteps", "resume", "output_dir", "device", "threads", "compile"}
 NAMES = "observations", "actions", "next_observations", "rewards", "terminations", "truncations"
 
 
-def noise_schedule(name, steps):
-    """Variances beta_1 ... beta_T of the noise, float64 [T]."""
-    t = torch.arange(steps + 1, dtype=torch.float64)
-    if name == "cosine":  # Nichol & Dhariwal 2021, eq. 17
-        alpha_bar = torch.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2
-        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-    if name == "vp":  # Song et al. 2021, as in Xiao et al. 2022
-        return 1 - torch.exp(-0.1 / steps - 0.5 * (10 - 0.1) * (2 * t[1:] - 1) / steps**2)
-    return torch.linspace(1e-4, 2e-2, steps, dtype=torch.float64)  # Ho et al. 2020
-
-
-def mish(x):
-    """x tanh(log(1 + e^x)) (Misra 2019), by a formula that compiles to faster code than F.mish."""
-    return x * (1 - 2 / ((1 + x.clamp(max=20).exp()).square() + 1))  # from 20 on that is x, to the last digit
-
-
 class Discriminator(nn.Module):
     """D(x): the better a diffusion model denoises x, the more x looks like the expert's.
 
-    For a method of your own put another class here: made from the expert's x [N, d], with a `loss`, descended
-    on its parameters, and a `reward`, which pays the policy. Nothing else changes."""
+    To try another method put its class here, made from the expert's x [N, d], with a `loss` for its parameters
+    to descend and a `reward` to pay the policy, both of x as it is. Nothing else changes."""
 
     def __init__(self, expert: Tensor, args: Args):
         super().__init__()
-        self.args, dim, steps = args, expert.shape[1], args.diffusion_steps
-        alpha_bar = torch.cumprod(1 - noise_schedule(args.noise_schedule, steps), dim=0)
+        self.args, dim = args, expert.shape[1]
+        self.register_buffer("mean", expert.mean(0) if args.normalize else torch.zeros(dim))
+        std = 2 * expert.std(0) if args.normalize else torch.ones(dim)  # noise would hide what varies little
+        self.register_buffer("std", std.masked_fill(std < 2e-6, 1.0))  # what never varies is only centred
+        alpha_bar = torch.cumprod(1 - self.noise_schedule(args.noise_schedule, args.diffusion_steps), dim=0)
         self.register_buffer("signal", alpha_bar.sqrt().float()[:, None])  # [T, 1]
         self.register_buffer("noise", (1 - alpha_bar).sqrt().float()[:, None])
-        # All coordinates get as much noise: one that varies less than the others would be lost in it.
-        std = 2 * expert.std(0) if args.normalize else torch.ones(dim)
-        self.register_buffer("std", std.masked_fill(std < 2e-6, 1.0))  # what never varies is only centred
-        self.register_buffer("mean", expert.mean(0) if args.normalize else torch.zeros(dim))
-        angles = torch.arange(steps)[:, None] * torch.exp(-math.log(10_000) * torch.arange(8) / 7)
-        self.register_buffer("embedding", torch.cat([angles.sin(), angles.cos()], -1))  # [T, 16], Vaswani et al. 2017
+        angles = torch.arange(len(alpha_bar))[:, None] * torch.exp(-math.log(10_000) * torch.arange(8) / 7)
+        self.register_buffer("embedding", torch.cat([angles.sin(), angles.cos()], -1))  # Vaswani et al. 2017
         self.time_in, self.time_out = nn.Linear(16, 32), nn.Linear(32, 16)
         self.hidden = nn.ModuleList(nn.Linear(width, 128) for width in (dim + 16, 128, 128))
         self.out = nn.Linear(128, dim)
 
+    @staticmethod
+    def noise_schedule(name, steps):
+        """Variances beta_1 ... beta_T of the noise, float64 [T]."""
+        t = torch.arange(steps + 1, dtype=torch.float64)
+        if name == "cosine":  # Nichol & Dhariwal 2021, eq. 17
+            alpha_bar = torch.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+            return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+        if name == "vp":  # Song et al. 2021, as in Xiao et al. 2022
+            return 1 - torch.exp(-0.1 / steps - 0.5 * (10 - 0.1) * (2 * t[1:] - 1) / steps**2)
+        return torch.linspace(1e-4, 2e-2, steps, dtype=torch.float64)  # Ho et al. 2020
+
+    def mish(self, x):
+        """x tanh(log(1 + e^x)) (Misra 2019), which compiles to faster code so than as F.mish."""
+        return x * (1 - 2 / ((1 + x.clamp(max=20).exp()).square() + 1))  # exactly x from 20 on
+
     def predict_noise(self, x_t, t):
         """eps_phi [..., d], an MLP on x_t and an embedding of t."""
-        embedding = self.time_out(mish(self.time_in(self.embedding[t])))
+        embedding = self.time_out(self.mish(self.time_in(self.embedding[t])))
         h = torch.cat([x_t, embedding.expand(*x_t.shape[:-1], 16)], dim=-1)
         for layer in self.hidden:
-            h = mish(F.linear(h, layer.weight) + layer.bias)  # layer(h), but that copies the bias to all rows
+            h = self.mish(F.linear(h, layer.weight) + layer.bias)  # layer(h) copies the bias
         return self.out(h)
 
     def squared_error(self, x, t=None):
-        """e^2 of scaled x [..., d]; draws the noise, and t, 0 ... T - 1, where it is not given."""
+        """e^2 of scaled x [..., d]; draws eps, and where it is not given t, here 0 ... T - 1."""
         eps = torch.randn(x.shape, device=x.device)
         t = torch.randint(len(self.noise), x.shape[:-1], device=x.device) if t is None else t
         return (eps - self.predict_noise(self.signal[t] * x + self.noise[t] * eps, t)).square()
 
     def one_minus_d(self, error, form, dim=-1):
-        """1 - D, of D = exp(-mean e^2) or, as released for R, D = mean exp(-e^2). At least 1e-30, for its log."""
+        """1 - D, at least 1e-30; D is exp(-mean e^2) or, as in the released code for R, mean exp(-e^2)."""
         if form == "paper":
             return -torch.expm1(-error.mean(dim).clamp(min=1e-30))  # exact near D = 1
         return (-torch.expm1(-error).mean(dim)).clamp(min=1e-30)
 
     def loss(self, expert: Tensor, policy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective for x of the expert and of the policy, [B, d] each, and its parts to log."""
-        expert, policy = (expert - self.mean) / self.std, (policy - self.mean) / self.std
-        expert_error, policy_error = self.squared_error(torch.cat([expert, policy])).chunk(2)
+        """The objective for the expert's x and the policy's, [B, d] each, and its parts to log."""
+        x = (torch.cat([expert, policy]) - self.mean) / self.std
+        expert_error, policy_error = self.squared_error(x).chunk(2)
         expert_loss = expert_error.mean()  # -log D
         policy_loss = -self.one_minus_d(policy_error, self.args.objective_form).log().mean()
         loss, parts = expert_loss + policy_loss, {"expert_loss": expert_loss, "policy_loss": policy_loss}
         if self.args.grad_penalty:  # between the expert's and the policy's (Gulrajani et al. 2017, eq. 3)
-            mix = torch.rand(len(expert), 1, device=expert.device)
+            mix = torch.rand(len(expert), 1, device=x.device)
+            expert, policy = x.chunk(2)
             x = (mix * expert + (1 - mix) * policy).requires_grad_()
-            one_minus_d = self.one_minus_d(self.squared_error(x), self.args.objective_form)
-            (grad,) = torch.autograd.grad(one_minus_d.sum(), x, create_graph=True)
+            output = self.one_minus_d(self.squared_error(x), self.args.objective_form)
+            (grad,) = torch.autograd.grad(output.sum(), x, create_graph=True)
             parts["grad_penalty"] = (grad.norm(dim=-1) - 1).square().mean()
             loss = loss + self.args.grad_penalty * parts["grad_penalty"]
         return loss, parts
 
     @torch.no_grad()
     def reward(self, x: Tensor) -> Tensor:
-        """R [B] of x [B, d]; D is averaged over all t, each with noise of its own."""
+        """R [B] of x [B, d], by D averaged over all t, each with noise of its own."""
         t = torch.arange(len(self.noise), device=x.device)[:, None]
         error = self.squared_error(((x - self.mean) / self.std).expand(len(t), *x.shape), t)  # [T, B, d]
         return -self.one_minus_d(error, self.args.reward_form, dim=(0, 2)).log()
@@ -192,7 +187,7 @@ class ReplayBuffer:
 
     def __init__(self, capacity, widths, device):
         self.rows, self.widths = torch.empty(capacity, sum(widths), device=device), widths
-        self.size = torch.zeros((), dtype=torch.int64, device=device)  # there, where a CUDA graph reads it
+        self.size = torch.zeros((), dtype=torch.int64, device=device)  # a tensor, for the CUDA graph
 
     def add(self, step, *parts):
         self.rows[step - 1] = torch.from_numpy(np.concatenate(parts, dtype=np.float32))
@@ -201,13 +196,13 @@ class ReplayBuffer:
     def sample(self, batch_size, window=None):
         """Parts [batch_size, width] of random transitions, of all or of the last `window`."""
         count = self.size.clamp(max=window or len(self.rows))
-        # randint would read its bound on the host, and wait for the GPU. The remainder's bias is below 1e-12.
+        # randint(count) would wait for the GPU. The remainder's bias is below 1e-12.
         rows = self.size - count + torch.randint(2**62, (batch_size,), device=count.device) % count
         return self.rows[rows].split(self.widths, dim=1)
 
 
 def backward(loss_function, parameters, *batch):
-    """Gradients of the loss, into these parameters alone; returns the scalars to log."""
+    """Gradients of the loss, into these parameters alone; returns scalars to log."""
     loss, scalars = loss_function(*batch)
     loss.backward(inputs=parameters)
     return {name: value.detach() for name, value in scalars.items()}
@@ -218,7 +213,8 @@ class Agent(nn.Module):
 
     def __init__(self, demos, args):
         super().__init__()
-        self.args, obs_dim, act_dim = args, demos[0].shape[1], demos[1].shape[1]
+        obs_dim, act_dim, _ = [x.shape[1] for x in demos]
+        self.args = args
         self.expert = self.pair(*demos)
         self.discriminator = Discriminator(self.expert, args)
         self.actor = mlp(obs_dim, 2 * act_dim)
@@ -229,13 +225,12 @@ class Agent(nn.Module):
         adam = partial(torch.optim.Adam, fused=True, capturable=True)  # capturable in a CUDA graph
         sac_adam = partial(adam, lr=args.sac_lr, betas=(0.25, 0.999))  # the reward moves: little momentum
         self.discriminator_adam = adam(self.discriminator.parameters(), lr=args.discriminator_lr)
-        self.critic_adam, self.actor_adam = sac_adam(self.critics.parameters()), sac_adam(self.actor.parameters())
-        self.backward, self.reward = backward, self.discriminator.reward
-        if args.compile:  # two fifths off a step on a CPU
-            torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradients become one program
-            # Random numbers as uncompiled; no padding, which a measurement decides on: runs would differ.
-            compiled = partial(torch.compile, options={"fallback_random": True, "shape_padding": False})
-            self.backward, self.reward = compiled(self.backward), compiled(self.reward)
+        self.critic_adam, self.actor_adam = (sac_adam(x.parameters()) for x in (self.critics, self.actor))
+        torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradients become one program
+        # Random numbers as uncompiled; no padding, which a measurement decides on: runs would differ.
+        options = {"fallback_random": True, "shape_padding": False}
+        compiled = partial(torch.compile, disable=not args.compile, options=options)
+        self.backward, self.reward = compiled(backward), compiled(self.discriminator.reward)
 
     def pair(self, s, a, s_next):
         return torch.cat([s, s_next if self.args.state_only else a], dim=-1)
@@ -244,8 +239,8 @@ class Agent(nn.Module):
         """One step of everything; returns scalars to log. Nothing in it waits for a GPU."""
         s, a, s_next = buffer.sample(self.args.batch_size)
         rewards = 2 * self.reward(self.pair(s, a, s_next))  # by the discriminator as it is now
-        expert = self.expert[torch.randint(len(self.expert), (self.args.batch_size,), device=s.device)]
-        policy = self.pair(*buffer.sample(self.args.batch_size, self.args.discriminator_window))
+        expert = self.expert[torch.randint(len(self.expert), (len(s),), device=s.device)]
+        policy = self.pair(*buffer.sample(len(s), self.args.discriminator_window))
         side = torch.cuda.Stream() if s.is_cuda else None  # on a GPU the discriminator learns beside SAC
         if side:
             side.wait_stream(torch.cuda.current_stream())
@@ -266,7 +261,7 @@ class Agent(nn.Module):
         return scalars
 
     def critic_loss(self, s, a, s_next, rewards):
-        """Soft Bellman error (SAC, eq. 5). Values go on through a fall: as R >= 0, living would else pay by itself."""
+        """Soft Bellman error (SAC, eq. 5). Values go on through a fall: as R >= 0, living would else pay."""
         with torch.no_grad():
             a_next, log_prob, _, _ = sample(self.actor, s_next)
             value = torch.min(*q_values(self.targets, s_next, a_next)) - self.log_alpha.exp() * log_prob
@@ -283,7 +278,7 @@ class Agent(nn.Module):
 
 
 def graphed(function):
-    """Yields what `function` returns: on a GPU, three times as it is, to fill caches, then by a CUDA graph."""
+    """Yields what `function` returns: three times as it is, to fill caches, then by a CUDA graph."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     for _ in range(3):
         stream.wait_stream(torch.cuda.current_stream())
@@ -300,22 +295,21 @@ def graphed(function):
 
 def fail(message, code=2):
     """End with one line on stderr; code 2 is for the user's input, files and disk."""
-    tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    tqdm.write(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
 
 
 def check_args(args):
-    """Exit with code 2 where a number is out of range, or a compiler is asked for that is not there."""
+    """Exits with code 2 where a number is out of range; settles what --compile None is."""
     for name, value in vars(args).items():
         least = {"seed": 0, "alpha": 1e-6}.get(name, 1 if type(value) is int else 0)
-        most = 1 if name in ("gamma", "cut_probability") else 2**63 - 1
+        limits = {"gamma": 1, "cut_probability": 1, "learning_starts": args.total_timesteps - 1}
+        most = limits.get(name, 2**63 - 1)
         if type(value) in (int, float) and not least <= value <= most and not name.endswith("_return"):
             fail(f"--{name.replace('_', '-')} is {value}, and must be from {least} to {most}")
-    if max(args.learning_starts + 1, args.batch_size) > args.total_timesteps:
-        fail(f"--total-timesteps {args.total_timesteps} is too few for --learning-starts and --batch-size")
-    has_compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
+    has_compiler = shutil.which(torch._inductor.config.cpp.cxx[1]) is not None
     if args.compile and not has_compiler:
-        fail("--compile True needs a C++ compiler, g++ or what CXX names")
+        fail("--compile True needs a C++ compiler: g++, or what CXX names")
     args.compile = has_compiler if args.compile is None else args.compile
 
 
@@ -324,51 +318,45 @@ def make_env(env_id: str) -> gym.Env:
     gym.logger.min_level = gym.logger.ERROR  # no warning that v4 is out of date: v4 is meant
     try:
         env = gym.make(env_id)
+        for space in env.observation_space, env.action_space:
+            if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
+                raise TypeError(f"its spaces must be one-dimensional Boxes of floats, not {space}")
+        env = gym.wrappers.TransformObservation(env, lambda s: s.astype(np.float32), None)
+        return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))  # refuses infinite bounds
     except Exception as error:  # environments fail in ways of their own
-        fail(f"cannot make the environment {env_id!r}: {error}")
-    obs, act = env.observation_space, env.action_space
-    for space in obs, act:
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
-            fail(f"{env_id}: spaces must be one-dimensional Boxes of floats, not {space}")
-    if not act.is_bounded() or (act.low >= act.high).any():
-        fail(f"{env_id}: actions must have finite bounds, the lower below the upper, not {act}")
-    box = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
-    env = gym.wrappers.TransformObservation(env, lambda s: s.astype(np.float32), box)
-    return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+        fail(f"cannot use the environment {env_id!r}: {error}")
 
 
 def load_demonstrations(path: Path, env: gym.Env, num_trajectories: int) -> tuple[list[Tensor], float]:
-    """s, a in [-1, 1] and s_next [N, dim], and the expert's return. Exits with code 2 where the file is not right."""
-    env_id, space, obs = env.spec.id, env.env.action_space, env.observation_space.shape
+    """s, a in [-1, 1] and s_next [N, dim], and the expert's return. Exits with code 2 where they are bad."""
+    env_id, box, obs = env.spec.id, env.env.action_space, env.observation_space.shape
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path) as file:
             data, metadata = [file[name] for name in NAMES], json.loads(file["metadata"].item())
-        n, ends = len(data[3]), np.flatnonzero(data[4] | data[5]) + 1
-        recorded_in, expert_return = metadata["env_id"], float(np.mean(metadata["returns"]))
+        s, a, s_next, rewards, terminated, truncated = data
+        ends, expert_return = np.flatnonzero(terminated | truncated) + 1, float(np.mean(metadata["returns"]))
+        if metadata["env_id"] != env_id or num_trajectories > len(ends):
+            raise ValueError(f"it holds {len(ends)} of {metadata['env_id']}")
+        shapes = [(len(rewards), *shape) for shape in (obs, box.shape, obs, (), (), ())]
+        if [x.shape for x in data] != shapes or not all(np.isfinite(x).all() for x in (*data, expert_return)):
+            raise ValueError(f"arrays must be finite, with shapes {shapes}")
+        a = 2 * (a - box.low) / (box.high - box.low) - 1
+        if not np.abs(a).max() <= 1 + 1e-5:  # NaN, too, as where two bounds are one
+            raise ValueError("some actions are outside the bounds")
     except Exception as error:  # what a damaged archive raises is open-ended
         make = f"python sac_baseline.py --env-id {env_id} --save-demos {path}"
-        fail(f"{path} is no demonstration file: {type(error).__name__} {error}; to make one: {make}")
-    if recorded_in != env_id:
-        fail(f"{path} was recorded in {recorded_in}, not in {env_id}")
-    for name, x, shape in zip(NAMES, data, [obs, space.shape, obs, (), (), ()]):
-        dtype = np.dtype(bool if name in NAMES[4:] else np.float32)
-        if n == 0 or (x.dtype, x.shape) != (dtype, (n, *shape)) or not np.isfinite(x).all():
-            fail(f"{path}: {name} is {x.dtype} {x.shape}; {env_id} asks for finite {dtype} {(n, *shape)}, n > 0")
-    s, a, s_next, *_ = data
-    if (a < space.low - 1e-5).any() or (a > space.high + 1e-5).any():
-        fail(f"{path}: some actions are outside the bounds of {env_id}")
-    if num_trajectories > len(ends) or not math.isfinite(expert_return):
-        fail(f"{path} has {len(ends)} episodes of return {expert_return}; --num-trajectories is {num_trajectories}")
-    a = (2 * (a - space.low) / (space.high - space.low) - 1).astype(np.float32)
-    return [torch.from_numpy(x[: ends[num_trajectories - 1]]) for x in (s, a, s_next)], expert_return
+        fail(f"{path} does not give {num_trajectories} episodes of {env_id}: {error}; to make them: {make}")
+    arrays = [x[: ends[num_trajectories - 1]].astype(np.float32) for x in (s, a, s_next)]
+    return [torch.from_numpy(x) for x in arrays], expert_return
 
 
 def write_file(path, content):
     """Write text, or what torch.save takes: `path` is written whole, or left as it was."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(content) if isinstance(content, str) else torch.save(content, temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         fail(f"cannot write {path}, and left it as it was: {error}")
 
@@ -393,36 +381,35 @@ def play_episode(actor: nn.Module, env: gym.Env, seed: int) -> list[np.ndarray]:
 
 def evaluate(agent, env, seeds):
     """Means over an episode a seed, and the correlation of surrogate and true return."""
-    returns, lengths, surrogates = [], [], []
+    episodes = []
     for seed in seeds:
         s, a, s_next, rewards, *_ = play_episode(agent.actor, env, seed)
         x = agent.pair(*map(torch.from_numpy, (s, a, s_next))).to(agent.expert.device)
         with torch.random.fork_rng():  # the same noise each time, and none of the training's
             torch.manual_seed(0)
-            surrogates.append(2 * agent.discriminator.reward(x).sum().item())
-        returns, lengths = [*returns, rewards.sum()], [*lengths, len(s)]
+            episodes.append((rewards.sum(), len(s), 2 * agent.discriminator.reward(x).sum().item()))
+    returns, lengths, surrogates = zip(*episodes)
+    row = {"mean_return": np.mean(returns), "std_return": np.std(returns), "mean_length": np.mean(lengths)}
+    row["mean_surrogate_return"] = np.mean(surrogates)
     varies = np.ptp(returns) > 0 and np.ptp(surrogates) > 0
-    means = {"mean_return": np.mean(returns), "std_return": np.std(returns), "mean_length": np.mean(lengths)}
-    means |= {"mean_surrogate_return": np.mean(surrogates)}
-    return means | {"reward_correlation": np.corrcoef(surrogates, returns)[0, 1] if varies else math.nan}
+    row["reward_correlation"] = np.corrcoef(surrogates, returns)[0, 1] if varies else math.nan
+    return row
 
 
 def train(args: Args):
-    # Set-up: what the user gave is checked before anything is written.
     check_args(args)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # dead units leave denormal numbers in Adam, which are slow
     torch.manual_seed(args.seed)
+    device = "cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu"
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     demos_path = args.demos or Path(__file__).parent / "demos" / f"{args.env_id}.npz"
     demos, expert_return = load_demonstrations(demos_path, env, args.num_trajectories)
-    obs_dim, act_dim = demos[0].shape[1], demos[1].shape[1]
     agent = Agent([x.to(device) for x in demos], args)
-    buffer = ReplayBuffer(args.total_timesteps, (obs_dim, act_dim, obs_dim), device)
-    actor_input = torch.zeros(obs_dim, device=device)
+    buffer = ReplayBuffer(args.total_timesteps, [x.shape[1] for x in demos], device)
+    actor_input = torch.zeros(env.observation_space.shape, device=device)
     act, update = torch.no_grad()(lambda: sample(agent.actor, actor_input)[0]), partial(agent.update, buffer)
-    if device.type == "cuda":
+    if device == "cuda":
         act, update = partial(next, graphed(act)), partial(next, graphed(update))
 
     # The run, from its beginning or from its checkpoint
@@ -432,86 +419,88 @@ def train(args: Args):
     if run_dir.exists() and not args.resume:
         fail(f"{run_dir} holds a run already: --resume it, or choose another --output-dir or --seed")
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
-    config = {"args": {name: str(value) for name, value in vars(args).items()}}
+    config = {"args": {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()}}
     config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     config["versions"] = {module.__name__: str(module.__version__) for module in (torch, gym, mujoco, np)}
     config["expert_return"] = expert_return
     learned = agent, agent.discriminator_adam, agent.critic_adam, agent.actor_adam
-    run = {"step": 0, "seconds": 0.0, "csv": ""}
-    run |= {"episode": 0, "begun": 0, "return": 0.0, "length": 0, "fallen": False}
+    run = SimpleNamespace(step=0, seconds=0.0, csv="", episode=0, begun=0, rewards=[], fallen=False)
     if args.resume and checkpoint.exists():
         try:
-            state = torch.load(checkpoint, map_location=device, weights_only=True)
-            run, before = state["run"], state["args"]
-            for part, saved in zip(learned, state["learned"], strict=True):
-                part.load_state_dict(saved)
-            buffer.rows[: run["step"]] = state["rows"]
-            buffer.size.fill_(run["step"])
-            torch.set_rng_state(state["rng"].cpu())
+            saved = torch.load(checkpoint, map_location=device)
+            changed = [x for x, value in saved["args"].items() if value != config["args"][x]]
+            changed = set(changed) - MAY_CHANGE_ON_RESUME
+            if changed:
+                fail(f"{run_dir} was made with another {', '.join(changed)}")
+            run = SimpleNamespace(**saved["run"])
+            for part, state in zip(learned, saved["learned"]):
+                part.load_state_dict(state)
+            buffer.rows[: run.step] = saved["rows"]
+            buffer.size.fill_(run.step)
+            torch.set_rng_state(saved["rng"].cpu())
         except Exception as error:  # what a damaged archive raises is open-ended
             fail(f"{checkpoint} cannot be read, and is left as it is: {type(error).__name__}")
-        changed = [x for x in before.keys() - MAY_CHANGE_ON_RESUME if before[x] != config["args"][x]]
-        if changed:
-            fail(f"{run_dir} was made with another {', '.join(changed)}; --resume needs the same arguments")
-    s, _ = env.reset(seed=episode_seed(args.seed, 0, run["episode"]))
-    for row in buffer.rows[run["begun"] : run["step"]].cpu().numpy():
-        s, *_ = env.step(row[obs_dim : obs_dim + act_dim])  # the unfinished episode again, to where it was
-    run_dir.mkdir(parents=True, exist_ok=True)
+    s, _ = env.reset(seed=episode_seed(args.seed, 0, run.episode))
+    for a in buffer.rows[run.begun : run.step].cpu().split(buffer.widths, dim=1)[1].numpy():
+        s, *_ = env.step(a)  # the unfinished episode again, to where it was
     write_file(run_dir / "config.json", json.dumps(config, indent=2))
-    writer, scalars, signals = SummaryWriter(run_dir, purge_step=run["step"] + 1), {}, []
+    writer, scalars, signals = SummaryWriter(run_dir, purge_step=run.step + 1), {}, []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: signals.append(number))
-    clock, steps = time.time() - run["seconds"], range(run["step"] + 1, args.total_timesteps + 1)
 
-    for step in (progress := tqdm(steps, initial=run["step"], total=args.total_timesteps, disable=None)):
+    steps, start = range(run.step + 1, args.total_timesteps + 1), time.time() - run.seconds
+    for step in tqdm(steps, initial=run.step, total=args.total_timesteps, disable=None):
         # Learn, and only then step the environment: on a GPU both work at the same time.
         if step <= args.learning_starts:
-            a = (2 * torch.rand(act_dim) - 1).numpy()
+            a = (2 * torch.rand(env.action_space.shape) - 1).numpy()
         else:
             actor_input.copy_(torch.from_numpy(s))
             a, scalars = act().cpu().numpy(), update()
         s_next, reward, terminated, truncated, _ = env.step(a)
         buffer.add(step, s, a, s_next)
         s, logs = s_next, {}
-        if not run["fallen"]:  # what comes after a fall is learned from, but no part of the return
-            run |= {"return": run["return"] + float(reward), "length": run["length"] + 1, "fallen": terminated}
-        # By chance, as nothing is seen to follow an episode's last step, and nothing holds the values there.
-        if truncated or (run["fallen"] and torch.rand(()).item() < args.cut_probability):
-            logs = {"charts/episodic_return": run["return"], "charts/episodic_length": run["length"]}
-            run |= {"episode": run["episode"] + 1, "begun": step, "return": 0.0, "length": 0, "fallen": False}
-            s, _ = env.reset(seed=episode_seed(args.seed, 0, run["episode"]))
+        if not run.fallen:  # what comes after a fall is learned from, but no part of the return
+            run.rewards.append(float(reward))
+            run.fallen = bool(terminated)
+        # After a fall an episode goes on, so that it is seen to lead nowhere, and ends by chance: nothing is seen
+        # to follow its last state, and were that always the same one, nothing would hold its value down.
+        if truncated or (run.fallen and torch.rand(()).item() < args.cut_probability):
+            logs = {"charts/episodic_return": sum(run.rewards), "charts/episodic_length": len(run.rewards)}
+            run.episode, run.begun, run.rewards, run.fallen = run.episode + 1, step, [], False
+            s, _ = env.reset(seed=episode_seed(args.seed, 0, run.episode))
         if step % 1_000 == 0:
             logs |= {f"losses/{name}": value.item() for name, value in scalars.items()}
         if step % args.eval_every == 0:
             seeds = [episode_seed(args.seed, 1, step, i) for i in range(args.eval_episodes)]
             row = evaluate(agent, eval_env, seeds)
             logs |= {f"eval/{name}": value for name, value in row.items()}
-            logs["charts/SPS"] = step / (time.time() - clock)
-            run["csv"] += "" if run["csv"] else ",".join(["step", *row]) + "\n"
-            run["csv"] += ",".join([str(step), *(f"{value:.3f}" for value in row.values())]) + "\n"
+            logs["charts/SPS"] = step / (time.time() - start)
+            run.csv = run.csv or ",".join(["step", *row]) + "\n"
+            run.csv += ",".join([str(step), *(f"{value:.3f}" for value in row.values())]) + "\n"
             mean, std = row["mean_return"], row["std_return"]
             share = f", {100 * mean / expert_return:.1f} % of the expert's" if expert_return > 0 else ""
-            progress.write(f"{step:>9,} steps: return {mean:8.1f} ± {std:6.1f}{share}")
+            tqdm.write(f"{step:>9,} steps: return {mean:8.1f} ± {std:6.1f}{share}")
         for name, value in logs.items():
             writer.add_scalar(name, value, step)
         if signals or step % args.eval_every == 0 or step == args.total_timesteps:
             for name, value in (agent.state_dict() | scalars).items():
                 if not value.isfinite().all():
                     fail(f"{name} is not finite at step {step}; the last checkpoint is kept", 1)
-            run |= {"step": step, "seconds": time.time() - clock}
-            state = {"run": run, "args": config["args"], "learned": [part.state_dict() for part in learned]}
-            write_file(checkpoint, state | {"rng": torch.get_rng_state(), "rows": buffer.rows[:step].clone()})
+            run.step, run.seconds = step, time.time() - start
+            saved = {"run": vars(run), "args": config["args"], "rng": torch.get_rng_state()}
+            saved |= {"learned": [part.state_dict() for part in learned], "rows": buffer.rows[:step].clone()}
+            write_file(checkpoint, saved)
             write_file(run_dir / "policy.pt", agent.actor.state_dict())
-            write_file(run_dir / "evaluations.csv", run["csv"])
+            write_file(run_dir / "evaluations.csv", run.csv)
         if signals and step < args.total_timesteps:
             fail(f"{run_dir}: stopped at step {step:,}; --resume goes on from there", 128 + signals[0])
 
     writer.close()
-    config |= {"finished_at_step": run["step"], "wall_time_seconds": round(run["seconds"])}
+    config |= {"finished_at_step": run.step, "wall_time_seconds": round(run.seconds)}
     write_file(run_dir / "config.json", json.dumps(config, indent=2))
-    print(f"{run_dir}: {run['step']:,} steps in {run['seconds'] / 60:.1f} minutes")
+    print(f"{run_dir}: {run.step:,} steps in {run.seconds / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
     robot = tyro.cli(Args).env_id.split("-v")[0]
-    train(tyro.cli(Args, default=Args(**ROBOTS.get(robot, {}))))
+    train(tyro.cli(Args, default=ROBOTS.get(robot, Args())))
