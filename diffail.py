@@ -2,8 +2,7 @@
 Wang et al., "DiffAIL: Diffusion Adversarial Imitation Learning", AAAI 2024, arXiv 2312.06348.
 
 A discriminator learns to tell the expert's x from the policy's; the policy is paid for x like the expert's.
-x is a state and an action, [s, a], or with --state-only a state and the next, [s, s']. The true reward is only
-logged.
+x is [s, a], a state and an action, or with --state-only [s, s']. The true reward is only logged.
 
     x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps  mix noise eps into x, t = 1 ... T  squared_error
     e^2 = (eps - eps_phi(x_t, t))^2              predict eps, for each coordinate   predict_noise
@@ -84,8 +83,8 @@ NAMES = "observations", "actions", "next_observations", "rewards", "terminations
 class Discriminator(nn.Module):
     """D(x): the better a diffusion model denoises x, the more x looks like the expert's.
 
-    To try another method put its class here, made from the expert's x [N, d], with a `loss` for its parameters
-    to descend and a `reward` to pay the policy, both of x as it is. Nothing else changes."""
+    To try another method put its class here, made from the expert's x [N, d], with a `loss` for its
+    parameters to descend and a `reward` to pay the policy, both of x as it is. Nothing else changes."""
 
     def __init__(self, expert: Tensor, args: Args):
         super().__init__()
@@ -462,8 +461,8 @@ def train(args: Args):
         if not run.fallen:  # what comes after a fall is learned from, but no part of the return
             run.rewards.append(float(reward))
             run.fallen = bool(terminated)
-        # After a fall an episode goes on, so that it is seen to lead nowhere, and ends by chance: nothing is seen
-        # to follow its last state, and were that always the same one, nothing would hold its value down.
+        # After a fall an episode goes on, so that it is seen to lead nowhere, and ends by chance: nothing holds
+        # down the value of the last state, and it must not always be the same one.
         if truncated or (run.fallen and torch.rand(()).item() < args.cut_probability):
             logs = {"charts/episodic_return": sum(run.rewards), "charts/episodic_length": len(run.rewards)}
             run.episode, run.begun, run.rewards, run.fallen = run.episode + 1, step, [], False

@@ -1,8 +1,7 @@
 """GAIL: adversarial imitation learning, the baseline: diffail.py with another discriminator, in one file.
 Ho & Ermon, NeurIPS 2016, arXiv 1606.03476; with --state-only GAIfO, Torabi et al. 2018, arXiv 1807.06158.
 A discriminator learns to tell the expert's x from the policy's; the policy is paid for x like the expert's.
-x is a state and an action, [s, a], or with --state-only a state and the next, [s, s']. The true reward is only
-logged.
+x is [s, a], a state and an action, or with --state-only [s, s']. The true reward is only logged.
 
     D = sigmoid(f(x))                            near 1: the expert's               logit
     min -E_expert[log D] - E_policy[log(1 - D)]  tell them apart                    Discriminator.loss
@@ -76,8 +75,8 @@ NAMES = "observations", "actions", "next_observations", "rewards", "terminations
 class Discriminator(nn.Module):
     """D(x) = sigmoid(f(x)), f being an MLP.
 
-    To try another method put its class here, made from the expert's x [N, d], with a `loss` for its parameters
-    to descend and a `reward` to pay the policy, both of x as it is. Nothing else changes."""
+    To try another method put its class here, made from the expert's x [N, d], with a `loss` for its
+    parameters to descend and a `reward` to pay the policy, both of x as it is. Nothing else changes."""
 
     def __init__(self, expert: Tensor, args: Args):
         super().__init__()
@@ -97,7 +96,8 @@ class Discriminator(nn.Module):
         x = (torch.cat([expert, policy]) - self.mean) / self.std
         expert_logit, policy_logit = self.logit(x).chunk(2)
         expert_loss, policy_loss = F.softplus(-expert_logit).mean(), F.softplus(policy_logit).mean()
-        loss, parts = (expert_loss + policy_loss) / 2, {"expert_loss": expert_loss, "policy_loss": policy_loss}
+        loss = (expert_loss + policy_loss) / 2
+        parts = {"expert_loss": expert_loss, "policy_loss": policy_loss}
         if self.args.grad_penalty:  # between the expert's and the policy's (Gulrajani et al. 2017, eq. 3)
             mix = torch.rand(len(expert), 1, device=x.device)
             expert, policy = x.chunk(2)
@@ -415,8 +415,8 @@ def train(args: Args):
         if not run.fallen:  # what comes after a fall is learned from, but no part of the return
             run.rewards.append(float(reward))
             run.fallen = bool(terminated)
-        # After a fall an episode goes on, so that it is seen to lead nowhere, and ends by chance: nothing is seen
-        # to follow its last state, and were that always the same one, nothing would hold its value down.
+        # After a fall an episode goes on, so that it is seen to lead nowhere, and ends by chance: nothing holds
+        # down the value of the last state, and it must not always be the same one.
         if truncated or (run.fallen and torch.rand(()).item() < args.cut_probability):
             logs = {"charts/episodic_return": sum(run.rewards), "charts/episodic_length": len(run.rewards)}
             run.episode, run.begun, run.rewards, run.fallen = run.episode + 1, step, [], False

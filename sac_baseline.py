@@ -14,7 +14,6 @@ gamma is 0 where the task ends.
 import copy
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -23,6 +22,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import gymnasium as gym
@@ -93,22 +93,22 @@ class ReplayBuffer:
 
     def __init__(self, capacity, widths, device):
         self.rows, self.widths = torch.empty(capacity, sum(widths), device=device), widths
-        self.size = torch.zeros((), dtype=torch.int64, device=device)  # there, where a CUDA graph reads it
+        self.size = torch.zeros((), dtype=torch.int64, device=device)  # a tensor, for the CUDA graph
 
     def add(self, step, *parts):
         self.rows[step - 1] = torch.from_numpy(np.concatenate(parts, dtype=np.float32))
         self.size.fill_(step)
 
     def sample(self, batch_size, window=None):
-        """Parts [batch_size, width] of uniform transitions, of all or of the last `window`."""
+        """Parts [batch_size, width] of random transitions, of all or of the last `window`."""
         count = self.size.clamp(max=window or len(self.rows))
-        # randint would read its bound on the host, and wait for the GPU. The remainder's bias is below 1e-12.
+        # randint(count) would wait for the GPU. The remainder's bias is below 1e-12.
         rows = self.size - count + torch.randint(2**62, (batch_size,), device=count.device) % count
         return self.rows[rows].split(self.widths, dim=1)
 
 
 def backward(loss_function, parameters, *batch):
-    """The loss's gradients, into these parameters alone; returns the scalars to log that come with it."""
+    """Gradients of the loss, into these parameters alone; returns scalars to log."""
     loss, scalars = loss_function(*batch)
     loss.backward(inputs=parameters)
     return {name: value.detach() for name, value in scalars.items()}
@@ -128,18 +128,18 @@ class SAC(nn.Module):
         adam = partial(torch.optim.Adam, fused=True, capturable=True)  # capturable in a CUDA graph
         self.critic_adam = adam(self.critics.parameters(), lr=args.critic_lr)
         self.actor_adam = adam([*self.actor.parameters(), self.log_alpha], lr=args.actor_lr)
-        self.backward = backward
-        if args.compile:  # two fifths off a step on a CPU
-            torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradients become one program
-            # Random numbers as uncompiled; no padding, which a measurement decides on: runs would differ.
-            compiled = partial(torch.compile, options={"fallback_random": True, "shape_padding": False})
-            self.backward = compiled(backward)
+        torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradients become one program
+        # Random numbers as uncompiled; no padding, which a measurement decides on: runs would differ.
+        options = {"fallback_random": True, "shape_padding": False}
+        compiled = partial(torch.compile, disable=not args.compile, options=options)
+        self.backward = compiled(backward)
 
     def update(self, buffer):
         """One step of everything; returns scalars to log. Nothing in it waits for a GPU."""
         s, a, s_next, rewards, terminated = buffer.sample(self.args.batch_size)
         discount = self.args.gamma * (1 - terminated.squeeze(-1))
-        scalars = self.descend(self.critic_adam, self.critic_loss, s, a, s_next, rewards.squeeze(-1), discount)
+        batch = s, a, s_next, rewards.squeeze(-1), discount
+        scalars = self.descend(self.critic_adam, self.critic_loss, *batch)
         scalars |= self.descend(self.actor_adam, self.actor_loss, s)
         with torch.no_grad():
             torch._foreach_lerp_([*self.targets.parameters()], [*self.critics.parameters()], 0.005)
@@ -172,7 +172,7 @@ class SAC(nn.Module):
 
 
 def graphed(function):
-    """Yields what `function` returns on a GPU: three times as it is, to fill caches, then by one CUDA graph."""
+    """Yields what `function` returns: three times as it is, to fill caches, then by a CUDA graph."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     for _ in range(3):
         stream.wait_stream(torch.cuda.current_stream())
@@ -188,47 +188,57 @@ def graphed(function):
 
 
 def fail(message, code=2):
-    """End the program with one line on stderr; code 2: the user's input, files or disk."""
-    tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    """End with one line on stderr; code 2 is for the user's input, files and disk."""
+    tqdm.write(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
 
 
+def check_args(args):
+    """Exits with code 2 where a number is out of range; settles what --compile None is."""
+    for name, value in vars(args).items():
+        least = {"seed": 0, "alpha": 1e-6}.get(name, 1 if type(value) is int else 0)
+        limits = {"gamma": 1, "cut_probability": 1, "learning_starts": args.total_timesteps - 1}
+        most = limits.get(name, 2**63 - 1)
+        if type(value) in (int, float) and not least <= value <= most and not name.endswith("_return"):
+            fail(f"--{name.replace('_', '-')} is {value}, and must be from {least} to {most}")
+    has_compiler = shutil.which(torch._inductor.config.cpp.cxx[1]) is not None
+    if args.compile and not has_compiler:
+        fail("--compile True needs a C++ compiler: g++, or what CXX names")
+    args.compile = has_compiler if args.compile is None else args.compile
+
+
 def make_env(env_id: str) -> gym.Env:
-    """A Gymnasium environment with actions in [-1, 1] and float32 observations. Exits with code 2 where it is
-    unknown, or a space is no one-dimensional Box of floats, bounded for actions."""
+    """Actions are in [-1, 1], observations float32. Exits with code 2 where that cannot be."""
     gym.logger.min_level = gym.logger.ERROR  # no warning that v4 is out of date: v4 is meant
     try:
         env = gym.make(env_id)
+        for space in env.observation_space, env.action_space:
+            if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
+                raise TypeError(f"its spaces must be one-dimensional Boxes of floats, not {space}")
+        env = gym.wrappers.TransformObservation(env, lambda s: s.astype(np.float32), None)
+        return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))  # refuses infinite bounds
     except Exception as error:  # environments fail in ways of their own
-        fail(f"cannot make the environment {env_id!r}: {error}")
-    for space in env.observation_space, env.action_space:
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
-            fail(f"{env_id}: spaces must be one-dimensional Boxes of floats, not {space}")
-    if not space.is_bounded() or (space.low >= space.high).any():
-        fail(f"{env_id}: actions must have finite bounds, the lower below the upper, not {space}")
-    box = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
-    env = gym.wrappers.TransformObservation(env, lambda s: s.astype(np.float32), box)
-    return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+        fail(f"cannot use the environment {env_id!r}: {error}")
 
 
 def write_file(path, content):
-    """Write text, or what torch.save takes, beside `path` and rename it: `path` is whole, or as it was."""
+    """Write text, or what torch.save takes: `path` is written whole, or left as it was."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
-        os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(content) if isinstance(content, str) else torch.save(content, temporary)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         fail(f"cannot write {path}, and left it as it was: {error}")
 
 
 def episode_seed(*key):
-    """One for each episode, from the run's seed, 0 for training or 1 for evaluation, and numbers."""
+    """One for each episode, from the run's seed, 0 (training) or 1 (evaluation), and numbers."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def play_episode(actor: nn.Module, env: gym.Env, seed: int) -> list[np.ndarray]:
-    """One episode of the deterministic policy tanh(mean): what NAMES says, with actions in [-1, 1]."""
+    """An episode of the deterministic policy tanh(mean): what NAMES says, with actions in [-1, 1]."""
     actor = copy.deepcopy(actor).cpu()  # one state at a time is faster there than on a GPU
     steps, done, (s, _) = [], False, env.reset(seed=seed)
     while not done:
@@ -256,134 +266,125 @@ def record_demonstrations(path, actor, env, args, config):
     returns = [float(episode[3].sum()) for episode in episodes]
     arrays = {name: np.concatenate(parts) for name, parts in zip(NAMES, zip(*episodes))}
     arrays["actions"] = env.action(arrays["actions"])  # in the environment's units
-    arrays = {name: array if array.dtype == bool else array.astype(np.float32) for name, array in arrays.items()}
-    metadata = {"env_id": args.env_id, "returns": returns, "episode_seeds": seeds, "seed": args.seed, **config}
+    arrays = {name: x if x.dtype == bool else x.astype(np.float32) for name, x in arrays.items()}
+    metadata = {"env_id": env.spec.id, "returns": returns, "episode_seeds": seeds, **config}
     metadata["episodes_skipped"] = tried - len(episodes)
     if path.exists():
         fail(f"--save-demos {path}: the file exists already, and is not overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp.npz")
     np.savez_compressed(temporary, metadata=json.dumps(metadata), **arrays)
-    os.replace(temporary, path)
+    temporary.replace(path)
     print(f"{path}: {len(returns)} episodes, return {np.mean(returns):.1f} ± {np.std(returns):.1f}")
 
 
 def train(args: Args):
-    # Set-up: what the user gave is checked before anything is written.
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    has_compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
-    args.compile = has_compiler if args.compile is None else args.compile
-    if args.device == "cuda" != device.type or args.compile > has_compiler:
-        fail("--device cuda needs a CUDA device, --compile True a C++ compiler, g++ or what CXX names")
-    for name, value in vars(args).items():
-        if type(value) in (int, float) and not 0 <= value < 2**63 or (value == 0 and type(value) is int and name != "seed"):
-            fail(f"--{name.replace('_', '-')} {value} is out of range")
-    if max(args.learning_starts + 1, args.batch_size) > args.total_timesteps:
-        fail(f"--total-timesteps {args.total_timesteps} is too few for --learning-starts and --batch-size")
+    check_args(args)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # dead units leave denormal numbers in Adam, which are slow
     torch.manual_seed(args.seed)
+    device = "cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu"
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     if args.save_demos and args.save_demos.exists():
         fail(f"--save-demos {args.save_demos}: the file exists already, and is not overwritten")
     (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
     agent = SAC(obs_dim, act_dim, args, device)
-    buffer = ReplayBuffer(args.total_timesteps, (obs_dim, act_dim, obs_dim, 1, 1), device)
-    actor_input = torch.zeros(obs_dim, device=device)
+    buffer = ReplayBuffer(args.total_timesteps, [obs_dim, act_dim, obs_dim, 1, 1], device)
+    actor_input = torch.zeros(env.observation_space.shape, device=device)
     act, update = torch.no_grad()(lambda: sample(agent.actor, actor_input)[0]), partial(agent.update, buffer)
-    if device.type == "cuda":
+    if device == "cuda":
         act, update = partial(next, graphed(act)), partial(next, graphed(update))
 
-    # The run, from its beginning or from its checkpoint; `run` is what is neither learned nor stored
+    # The run, from its beginning or from its checkpoint
     run_name = f"{args.env_id}__{Path(__file__).stem}__s{args.seed}"
     run_dir, checkpoint = args.output_dir / run_name, args.output_dir / run_name / "checkpoint.pt"
     if run_dir.exists() and not args.resume:
-        fail(f"{run_dir} holds a run already: go on with it by --resume, or choose another --output-dir or --seed")
+        fail(f"{run_dir} holds a run already: --resume it, or choose another --output-dir or --seed")
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
-    config = {"args": {name: str(value) for name, value in vars(args).items()}}
+    config = {"args": {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()}}
     config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     config["versions"] = {module.__name__: str(module.__version__) for module in (torch, gym, mujoco, np)}
     learned = agent, agent.critic_adam, agent.actor_adam
-    run = {"step": 0, "seconds": 0.0, "csv": "", "returns": []}
-    run |= {"episode": 0, "begun": 0, "return": 0.0, "length": 0}
+    run = SimpleNamespace(step=0, seconds=0.0, csv="", episode=0, begun=0, rewards=[], last_return=-math.inf)
     if args.resume and checkpoint.exists():
         try:
-            state = torch.load(checkpoint, map_location=device, weights_only=True)
-            run, before = state["run"], state["args"]
-            for part, saved in zip(learned, state["learned"], strict=True):
-                part.load_state_dict(saved)
-            buffer.rows[: run["step"]] = state["rows"]
-            buffer.size.fill_(run["step"])
-            torch.manual_seed(args.seed + run["step"])  # for a GPU, where runs do not repeat to the bit
-            torch.set_rng_state(state["rng"].cpu())
+            saved = torch.load(checkpoint, map_location=device)
+            changed = [x for x, value in saved["args"].items() if value != config["args"][x]]
+            changed = set(changed) - MAY_CHANGE_ON_RESUME
+            if changed:
+                fail(f"{run_dir} was made with another {', '.join(changed)}")
+            run = SimpleNamespace(**saved["run"])
+            for part, state in zip(learned, saved["learned"]):
+                part.load_state_dict(state)
+            buffer.rows[: run.step] = saved["rows"]
+            buffer.size.fill_(run.step)
+            torch.set_rng_state(saved["rng"].cpu())
         except Exception as error:  # what a damaged archive raises is open-ended
             fail(f"{checkpoint} cannot be read, and is left as it is: {type(error).__name__}")
-        changed = [name for name in before.keys() - MAY_CHANGE_ON_RESUME if before[name] != config["args"][name]]
-        if changed:
-            fail(f"{run_dir} was made with another {', '.join(changed)}; --resume needs the same arguments")
-    s, _ = env.reset(seed=episode_seed(args.seed, 0, run["episode"]))
-    for row in buffer.rows[run["begun"] : run["step"]].cpu().numpy():
-        s, *_ = env.step(row[obs_dim : obs_dim + act_dim])  # the unfinished episode again, to where it was
-    run_dir.mkdir(parents=True, exist_ok=True)
+    s, _ = env.reset(seed=episode_seed(args.seed, 0, run.episode))
+    for a in buffer.rows[run.begun : run.step].cpu().split(buffer.widths, dim=1)[1].numpy():
+        s, *_ = env.step(a)  # the unfinished episode again, to where it was
     write_file(run_dir / "config.json", json.dumps(config, indent=2))
-    writer, scalars, signals = SummaryWriter(run_dir, purge_step=run["step"] + 1), {}, []
+    writer, scalars, signals = SummaryWriter(run_dir, purge_step=run.step + 1), {}, []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: signals.append(number))
-    clock, steps = time.time() - run["seconds"], range(run["step"] + 1, args.total_timesteps + 1)
-    reached = lambda: args.target_return is not None and max(run["returns"][-1:], default=-math.inf) >= args.target_return
-    if run["step"] % args.eval_every == 0 and reached():  # before: what is left is to record
-        steps = range(0)
 
-    for step in (progress := tqdm(steps, initial=run["step"], total=args.total_timesteps, disable=None)):
+    steps, start = range(run.step + 1, args.total_timesteps + 1), time.time() - run.seconds
+    target = math.inf if args.target_return is None else args.target_return
+    if run.last_return >= target and run.step % args.eval_every == 0:
+        steps = range(0)  # what is left is to record
+    for step in tqdm(steps, initial=run.step, total=args.total_timesteps, disable=None):
         # Learn, and only then step the environment: on a GPU both work at the same time.
         if step <= args.learning_starts:
-            a = (2 * torch.rand(act_dim) - 1).numpy()
+            a = (2 * torch.rand(env.action_space.shape) - 1).numpy()
         else:
             actor_input.copy_(torch.from_numpy(s))
             a, scalars = act().cpu().numpy(), update()
         s_next, reward, terminated, truncated, _ = env.step(a)
         buffer.add(step, s, a, s_next, [reward], [terminated])
         s, logs = s_next, {}
-        run |= {"return": run["return"] + float(reward), "length": run["length"] + 1}
+        run.rewards.append(float(reward))
         if terminated or truncated:
-            logs = {"charts/episodic_return": run["return"], "charts/episodic_length": run["length"]}
-            run |= {"episode": run["episode"] + 1, "begun": step, "return": 0.0, "length": 0}
-            s, _ = env.reset(seed=episode_seed(args.seed, 0, run["episode"]))
+            logs = {"charts/episodic_return": sum(run.rewards), "charts/episodic_length": len(run.rewards)}
+            run.episode, run.begun, run.rewards = run.episode + 1, step, []
+            s, _ = env.reset(seed=episode_seed(args.seed, 0, run.episode))
         if step % 1_000 == 0:
             logs |= {f"losses/{name}": value.item() for name, value in scalars.items()}
         if step % args.eval_every == 0:
             seeds = [episode_seed(args.seed, 1, step, i) for i in range(args.eval_episodes)]
             rewards = [play_episode(agent.actor, eval_env, seed)[3] for seed in seeds]
-            row = {"mean_return": np.mean([x.sum() for x in rewards]), "std_return": np.std([x.sum() for x in rewards])}
-            row["mean_length"] = np.mean([len(x) for x in rewards])
+            returns, lengths = [x.sum() for x in rewards], [len(x) for x in rewards]
+            row = {"mean_return": np.mean(returns), "std_return": np.std(returns)}
+            row["mean_length"] = np.mean(lengths)
             logs |= {f"eval/{name}": value for name, value in row.items()}
-            logs["charts/SPS"] = step / (time.time() - clock)
-            run["returns"].append(mean := float(row["mean_return"]))
-            run["csv"] += "" if run["csv"] else ",".join(["step", *row]) + "\n"
-            run["csv"] += ",".join([str(step), *(f"{value:.3f}" for value in row.values())]) + "\n"
-            progress.write(f"{step:>9,} steps: return {mean:8.1f} ± {row['std_return']:6.1f}")
+            logs["charts/SPS"] = step / (time.time() - start)
+            run.csv = run.csv or ",".join(["step", *row]) + "\n"
+            run.csv += ",".join([str(step), *(f"{value:.3f}" for value in row.values())]) + "\n"
+            run.last_return, std = float(row["mean_return"]), row["std_return"]
+            tqdm.write(f"{step:>9,} steps: return {run.last_return:8.1f} ± {std:6.1f}")
         for name, value in logs.items():
             writer.add_scalar(name, value, step)
         if signals or step % args.eval_every == 0 or step == args.total_timesteps:
             for name, value in (agent.state_dict() | scalars).items():
                 if not value.isfinite().all():
                     fail(f"{name} is not finite at step {step}; the last checkpoint is kept", 1)
-            run |= {"step": step, "seconds": time.time() - clock}
-            state = {"run": run, "args": config["args"], "learned": [part.state_dict() for part in learned]}
-            write_file(checkpoint, state | {"rng": torch.get_rng_state(), "rows": buffer.rows[:step].clone()})
+            run.step, run.seconds = step, time.time() - start
+            saved = {"run": vars(run), "args": config["args"], "rng": torch.get_rng_state()}
+            saved |= {"learned": [part.state_dict() for part in learned], "rows": buffer.rows[:step].clone()}
+            write_file(checkpoint, saved)
             write_file(run_dir / "policy.pt", agent.actor.state_dict())
-            write_file(run_dir / "evaluations.csv", run["csv"])
-        if step % args.eval_every == 0 and reached():
+            write_file(run_dir / "evaluations.csv", run.csv)
+        if step % args.eval_every == 0 and run.last_return >= target:
             break
         if signals and step < args.total_timesteps:
-            fail(f"{run_dir}: stopped at step {step:,}; the same command with --resume goes on", 128 + signals[0])
+            fail(f"{run_dir}: stopped at step {step:,}; --resume goes on from there", 128 + signals[0])
 
     writer.close()
-    write_file(run_dir / "config.json", json.dumps(config | {"finished_at_step": run["step"], "seconds": run["seconds"]}, indent=2))
-    best, final = max(run["returns"], default=math.nan), np.mean(run["returns"][-5:])
-    print(f"{run_dir}: best return {best:.1f}; final {final:.1f} (mean of the last 5)")
-    if args.target_return is not None and not reached():
-        fail(f"the last evaluation did not reach --target-return {args.target_return}: nothing was recorded", 1)
+    config |= {"finished_at_step": run.step, "wall_time_seconds": round(run.seconds)}
+    write_file(run_dir / "config.json", json.dumps(config, indent=2))
+    print(f"{run_dir}: {run.step:,} steps in {run.seconds / 60:.1f} minutes")
+    if args.target_return is not None and run.last_return < target:
+        fail(f"the last evaluation did not reach --target-return {target}: nothing was recorded", 1)
     if args.save_demos:
         record_demonstrations(args.save_demos, agent.actor, eval_env, args, config)
 
