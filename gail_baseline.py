@@ -311,6 +311,7 @@ def write_file(path, content):
         temporary.write_text(content) if isinstance(content, str) else torch.save(content, temporary)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
         fail(f"cannot write {path}, and left it as it was: {error}")
 
 
@@ -332,21 +333,21 @@ def play_episode(actor: nn.Module, env: gym.Env, seed: int) -> list[np.ndarray]:
     return [np.array(column) for column in zip(*steps)]
 
 
-def evaluate(agent, env, seeds):
-    """Means over an episode a seed, and the correlation of surrogate and true return."""
-    episodes = []
-    for seed in seeds:
-        s, a, s_next, rewards, *_ = play_episode(agent.actor, env, seed)
+def evaluate(agent, env, step):
+    """Means over episodes, and the correlation of their surrogate with their true returns."""
+    returns, lengths, surrogates = [], [], []
+    for i in range(agent.args.eval_episodes):
+        s, a, s_next, rewards, *_ = play_episode(agent.actor, env, episode_seed(agent.args.seed, 1, step, i))
         x = agent.pair(*map(torch.from_numpy, (s, a, s_next))).to(agent.expert.device)
         with torch.random.fork_rng():  # the same noise each time, and none of the training's
             torch.manual_seed(0)
-            episodes.append((rewards.sum(), len(s), 2 * agent.discriminator.reward(x).sum().item()))
-    returns, lengths, surrogates = zip(*episodes)
-    row = {"mean_return": np.mean(returns), "std_return": np.std(returns), "mean_length": np.mean(lengths)}
-    row["mean_surrogate_return"] = np.mean(surrogates)
+            surrogates.append(2 * agent.discriminator.reward(x).sum().item())
+        returns.append(rewards.sum())
+        lengths.append(len(s))
     varies = np.ptp(returns) > 0 and np.ptp(surrogates) > 0
-    row["reward_correlation"] = np.corrcoef(surrogates, returns)[0, 1] if varies else math.nan
-    return row
+    correlation = np.corrcoef(surrogates, returns)[0, 1] if varies else math.nan
+    row = {"mean_return": np.mean(returns), "std_return": np.std(returns), "mean_length": np.mean(lengths)}
+    return row | {"mean_surrogate_return": np.mean(surrogates), "reward_correlation": correlation}
 
 
 def train(args: Args):
@@ -365,15 +366,15 @@ def train(args: Args):
     if device == "cuda":
         act, update = partial(next, graphed(act)), partial(next, graphed(update))
 
-    # The run, from its beginning or from its checkpoint
+    # `run` is what changes and is neither learned nor stored
     setting = "state-only" if args.state_only else "state-action"
     run_name = f"{args.env_id}__{Path(__file__).stem}__{setting}__{args.num_trajectories}traj__s{args.seed}"
     run_dir, checkpoint = args.output_dir / run_name, args.output_dir / run_name / "checkpoint.pt"
     if run_dir.exists() and not args.resume:
         fail(f"{run_dir} holds a run already: --resume it, or choose another --output-dir or --seed")
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
+    git = partial(subprocess.run, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     config = {"args": {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()}}
-    config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    config["commit"] = git("git describe --always --dirty --abbrev=40").stdout.strip()
     config["versions"] = {module.__name__: str(module.__version__) for module in (torch, gym, mujoco, np)}
     config["expert_return"] = expert_return
     learned = agent, agent.discriminator_adam, agent.critic_adam, agent.actor_adam
@@ -381,11 +382,10 @@ def train(args: Args):
     if args.resume and checkpoint.exists():
         try:
             saved = torch.load(checkpoint, map_location=device)
-            changed = [x for x, value in saved["args"].items() if value != config["args"][x]]
-            changed = set(changed) - MAY_CHANGE_ON_RESUME
-            if changed:
-                fail(f"{run_dir} was made with another {', '.join(changed)}")
             run = SimpleNamespace(**saved["run"])
+            changed = [name for name, value in saved["args"].items() if value != getattr(args, name)]
+            if changed or run.step > args.total_timesteps:
+                fail(f"{run_dir} is at step {run.step:,}, made with another {', '.join(changed)}")
             for part, state in zip(learned, saved["learned"]):
                 part.load_state_dict(state)
             buffer.rows[: run.step] = saved["rows"]
@@ -415,8 +415,8 @@ def train(args: Args):
         if not run.fallen:  # what comes after a fall is learned from, but no part of the return
             run.rewards.append(float(reward))
             run.fallen = bool(terminated)
-        # After a fall an episode goes on, so that it is seen to lead nowhere, and ends by chance: nothing holds
-        # down the value of the last state, and it must not always be the same one.
+        # After a fall an episode goes on, to show that it leads nowhere, and ends by chance: nothing holds
+        # down the value of its last state, so that must not always be the same one.
         if truncated or (run.fallen and torch.rand(()).item() < args.cut_probability):
             logs = {"charts/episodic_return": sum(run.rewards), "charts/episodic_length": len(run.rewards)}
             run.episode, run.begun, run.rewards, run.fallen = run.episode + 1, step, [], False
@@ -424,8 +424,7 @@ def train(args: Args):
         if step % 1_000 == 0:
             logs |= {f"losses/{name}": value.item() for name, value in scalars.items()}
         if step % args.eval_every == 0:
-            seeds = [episode_seed(args.seed, 1, step, i) for i in range(args.eval_episodes)]
-            row = evaluate(agent, eval_env, seeds)
+            row = evaluate(agent, eval_env, step)
             logs |= {f"eval/{name}": value for name, value in row.items()}
             logs["charts/SPS"] = step / (time.time() - start)
             run.csv = run.csv or ",".join(["step", *row]) + "\n"
@@ -440,11 +439,12 @@ def train(args: Args):
                 if not value.isfinite().all():
                     fail(f"{name} is not finite at step {step}; the last checkpoint is kept", 1)
             run.step, run.seconds = step, time.time() - start
-            saved = {"run": vars(run), "args": config["args"], "rng": torch.get_rng_state()}
+            kept = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE_ON_RESUME}
+            saved = {"run": vars(run), "args": kept, "rng": torch.get_rng_state()}
             saved |= {"learned": [part.state_dict() for part in learned], "rows": buffer.rows[:step].clone()}
-            write_file(checkpoint, saved)
             write_file(run_dir / "policy.pt", agent.actor.state_dict())
             write_file(run_dir / "evaluations.csv", run.csv)
+            write_file(checkpoint, saved)  # last: --resume makes what is missing again
         if signals and step < args.total_timesteps:
             fail(f"{run_dir}: stopped at step {step:,}; --resume goes on from there", 128 + signals[0])
 
@@ -456,4 +456,7 @@ def train(args: Args):
 
 if __name__ == "__main__":
     robot = tyro.cli(Args).env_id.split("-v")[0]
-    train(tyro.cli(Args, default=ROBOTS.get(robot, Args())))
+    try:
+        train(tyro.cli(Args, default=ROBOTS.get(robot, Args())))
+    except OSError as error:  # a full disk, say
+        fail(f"{error}; what was written whole, a checkpoint too, is still there")

@@ -229,6 +229,7 @@ def write_file(path, content):
         temporary.write_text(content) if isinstance(content, str) else torch.save(content, temporary)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
         fail(f"cannot write {path}, and left it as it was: {error}")
 
 
@@ -285,7 +286,7 @@ def train(args: Args):
     torch.manual_seed(args.seed)
     device = "cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu"
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
-    if args.save_demos and args.save_demos.exists():
+    if args.save_demos and (args.save_demos.exists() or args.save_demos.parent.is_file()):
         fail(f"--save-demos {args.save_demos}: the file exists already, and is not overwritten")
     (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
     agent = SAC(obs_dim, act_dim, args, device)
@@ -295,25 +296,24 @@ def train(args: Args):
     if device == "cuda":
         act, update = partial(next, graphed(act)), partial(next, graphed(update))
 
-    # The run, from its beginning or from its checkpoint
+    # `run` is what changes and is neither learned nor stored
     run_name = f"{args.env_id}__{Path(__file__).stem}__s{args.seed}"
     run_dir, checkpoint = args.output_dir / run_name, args.output_dir / run_name / "checkpoint.pt"
     if run_dir.exists() and not args.resume:
         fail(f"{run_dir} holds a run already: --resume it, or choose another --output-dir or --seed")
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
+    git = partial(subprocess.run, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     config = {"args": {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()}}
-    config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    config["commit"] = git("git describe --always --dirty --abbrev=40").stdout.strip()
     config["versions"] = {module.__name__: str(module.__version__) for module in (torch, gym, mujoco, np)}
     learned = agent, agent.critic_adam, agent.actor_adam
     run = SimpleNamespace(step=0, seconds=0.0, csv="", episode=0, begun=0, rewards=[], last_return=-math.inf)
     if args.resume and checkpoint.exists():
         try:
             saved = torch.load(checkpoint, map_location=device)
-            changed = [x for x, value in saved["args"].items() if value != config["args"][x]]
-            changed = set(changed) - MAY_CHANGE_ON_RESUME
-            if changed:
-                fail(f"{run_dir} was made with another {', '.join(changed)}")
             run = SimpleNamespace(**saved["run"])
+            changed = [name for name, value in saved["args"].items() if value != getattr(args, name)]
+            if changed or run.step > args.total_timesteps:
+                fail(f"{run_dir} is at step {run.step:,}, made with another {', '.join(changed)}")
             for part, state in zip(learned, saved["learned"]):
                 part.load_state_dict(state)
             buffer.rows[: run.step] = saved["rows"]
@@ -369,11 +369,12 @@ def train(args: Args):
                 if not value.isfinite().all():
                     fail(f"{name} is not finite at step {step}; the last checkpoint is kept", 1)
             run.step, run.seconds = step, time.time() - start
-            saved = {"run": vars(run), "args": config["args"], "rng": torch.get_rng_state()}
+            kept = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE_ON_RESUME}
+            saved = {"run": vars(run), "args": kept, "rng": torch.get_rng_state()}
             saved |= {"learned": [part.state_dict() for part in learned], "rows": buffer.rows[:step].clone()}
-            write_file(checkpoint, saved)
             write_file(run_dir / "policy.pt", agent.actor.state_dict())
             write_file(run_dir / "evaluations.csv", run.csv)
+            write_file(checkpoint, saved)  # last: --resume makes what is missing again
         if step % args.eval_every == 0 and run.last_return >= target:
             break
         if signals and step < args.total_timesteps:
@@ -390,4 +391,7 @@ def train(args: Args):
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    try:
+        train(tyro.cli(Args))
+    except OSError as error:  # a full disk, say
+        fail(f"{error}; what was written whole, a checkpoint too, is still there")
