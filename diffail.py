@@ -49,8 +49,8 @@ class Args:
     discriminator_window: int = 1_000_000  # learn from the policy's last so many steps
     diffusion_steps: int = 10  # T
     noise_schedule: Literal["linear", "cosine", "vp"] = "linear"  # of the noise's variances over t
-    objective_form: Literal["paper", "released"] = "paper"  # D to learn by, see one_minus_d
-    reward_form: Literal["paper", "released"] = "released"  # D to pay by; paper pays more: lower --alpha
+    objective_form: Literal["paper", "released"] = "paper"  # D to learn by: see one_minus_d
+    reward_form: Literal["paper", "released"] = "released"  # D to pay by; paper pays less: lower --alpha
     grad_penalty: float = 0.0  # weight of (|grad_x D| - 1)^2, which keeps D from being a cliff
     discriminator_lr: float = 3e-5  # Adam learning rate
     # SAC
@@ -83,14 +83,14 @@ NAMES = "observations", "actions", "next_observations", "rewards", "terminations
 class Discriminator(nn.Module):
     """D(x): the better a diffusion model denoises x, the more x looks like the expert's.
 
-    To try another method put its class here, made from the expert's x [N, d], with a `loss` for its
-    parameters to descend and a `reward` to pay the policy, both of x as it is. Nothing else changes."""
+    To try another method put its class here, under this name: made from the expert's x [N, d], with a `loss`
+    for its parameters to descend and a `reward`, without gradient, to pay the policy; x comes as it is."""
 
     def __init__(self, expert: Tensor, args: Args):
         super().__init__()
         self.args, dim = args, expert.shape[1]
         self.register_buffer("mean", expert.mean(0) if args.normalize else torch.zeros(dim))
-        std = 2 * expert.std(0) if args.normalize else torch.ones(dim)  # noise would hide what varies little
+        std = 2 * expert.std(0) if args.normalize else torch.ones(dim)  # else noise hides what varies little
         self.register_buffer("std", std.masked_fill(std < 2e-6, 1.0))  # what never varies is only centred
         alpha_bar = torch.cumprod(1 - self.noise_schedule(args.noise_schedule, args.diffusion_steps), dim=0)
         self.register_buffer("signal", alpha_bar.sqrt().float()[:, None])  # [T, 1]
@@ -125,7 +125,7 @@ class Discriminator(nn.Module):
         return self.out(h)
 
     def squared_error(self, x, t=None):
-        """e^2 of scaled x [..., d]; draws eps, and where it is not given t, here 0 ... T - 1."""
+        """e^2 of scaled x [..., d]. Draws eps, and t, here 0 ... T - 1, if it is not given."""
         eps = torch.randn(x.shape, device=x.device)
         t = torch.randint(len(self.noise), x.shape[:-1], device=x.device) if t is None else t
         return (eps - self.predict_noise(self.signal[t] * x + self.noise[t] * eps, t)).square()
@@ -214,7 +214,7 @@ class Agent(nn.Module):
         super().__init__()
         obs_dim, act_dim, _ = [x.shape[1] for x in demos]
         self.args = args
-        self.expert = self.pair(*demos)
+        self.register_buffer("expert", self.pair(*demos))
         self.discriminator = Discriminator(self.expert, args)
         self.actor = mlp(obs_dim, 2 * act_dim)
         self.critics = nn.ModuleList(mlp(obs_dim + act_dim, 1) for _ in range(2))
@@ -237,7 +237,7 @@ class Agent(nn.Module):
     def update(self, buffer):
         """One step of everything; returns scalars to log. Nothing in it waits for a GPU."""
         s, a, s_next = buffer.sample(self.args.batch_size)
-        rewards = 2 * self.reward(self.pair(s, a, s_next))  # by the discriminator as it is now
+        rewards = 2 * self.reward(self.pair(s, a, s_next))  # 2 is the released code's scale
         expert = self.expert[torch.randint(len(self.expert), (len(s),), device=s.device)]
         policy = self.pair(*buffer.sample(len(s), self.args.discriminator_window))
         side = torch.cuda.Stream() if s.is_cuda else None  # on a GPU the discriminator learns beside SAC
@@ -431,8 +431,10 @@ def train(args: Args):
             saved = torch.load(checkpoint, map_location=device)
             run = SimpleNamespace(**saved["run"])
             changed = [name for name, value in saved["args"].items() if value != getattr(args, name)]
-            if changed or run.step > args.total_timesteps:
-                fail(f"{run_dir} is at step {run.step:,}, made with another {', '.join(changed)}")
+            changed += ["demos"] * (not torch.equal(saved["learned"][0]["expert"], agent.expert))
+            changed += ["total_timesteps, a greater one"] * (run.step > args.total_timesteps)
+            if changed:
+                fail(f"{run_dir} was made with another {', '.join(changed)}")
             for part, state in zip(learned, saved["learned"]):
                 part.load_state_dict(state)
             buffer.rows[: run.step] = saved["rows"]

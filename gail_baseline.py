@@ -75,8 +75,8 @@ NAMES = "observations", "actions", "next_observations", "rewards", "terminations
 class Discriminator(nn.Module):
     """D(x) = sigmoid(f(x)), f being an MLP.
 
-    To try another method put its class here, made from the expert's x [N, d], with a `loss` for its
-    parameters to descend and a `reward` to pay the policy, both of x as it is. Nothing else changes."""
+    To try another method put its class here, under this name: made from the expert's x [N, d], with a `loss`
+    for its parameters to descend and a `reward`, without gradient, to pay the policy; x comes as it is."""
 
     def __init__(self, expert: Tensor, args: Args):
         super().__init__()
@@ -168,7 +168,7 @@ class Agent(nn.Module):
         super().__init__()
         obs_dim, act_dim, _ = [x.shape[1] for x in demos]
         self.args = args
-        self.expert = self.pair(*demos)
+        self.register_buffer("expert", self.pair(*demos))
         self.discriminator = Discriminator(self.expert, args)
         self.actor = mlp(obs_dim, 2 * act_dim)
         self.critics = nn.ModuleList(mlp(obs_dim + act_dim, 1) for _ in range(2))
@@ -191,7 +191,7 @@ class Agent(nn.Module):
     def update(self, buffer):
         """One step of everything; returns scalars to log. Nothing in it waits for a GPU."""
         s, a, s_next = buffer.sample(self.args.batch_size)
-        rewards = 2 * self.reward(self.pair(s, a, s_next))  # by the discriminator as it is now
+        rewards = 2 * self.reward(self.pair(s, a, s_next))  # 2 is the released code's scale
         expert = self.expert[torch.randint(len(self.expert), (len(s),), device=s.device)]
         policy = self.pair(*buffer.sample(len(s), self.args.discriminator_window))
         side = torch.cuda.Stream() if s.is_cuda else None  # on a GPU the discriminator learns beside SAC
@@ -385,8 +385,10 @@ def train(args: Args):
             saved = torch.load(checkpoint, map_location=device)
             run = SimpleNamespace(**saved["run"])
             changed = [name for name, value in saved["args"].items() if value != getattr(args, name)]
-            if changed or run.step > args.total_timesteps:
-                fail(f"{run_dir} is at step {run.step:,}, made with another {', '.join(changed)}")
+            changed += ["demos"] * (not torch.equal(saved["learned"][0]["expert"], agent.expert))
+            changed += ["total_timesteps, a greater one"] * (run.step > args.total_timesteps)
+            if changed:
+                fail(f"{run_dir} was made with another {', '.join(changed)}")
             for part, state in zip(learned, saved["learned"]):
                 part.load_state_dict(state)
             buffer.rows[: run.step] = saved["rows"]

@@ -313,8 +313,9 @@ def train(args: Args):
             saved = torch.load(checkpoint, map_location=device)
             run = SimpleNamespace(**saved["run"])
             changed = [name for name, value in saved["args"].items() if value != getattr(args, name)]
-            if changed or run.step > args.total_timesteps:
-                fail(f"{run_dir} is at step {run.step:,}, made with another {', '.join(changed)}")
+            changed += ["total_timesteps, a greater one"] * (run.step > args.total_timesteps)
+            if changed:
+                fail(f"{run_dir} was made with another {', '.join(changed)}")
             for part, state in zip(learned, saved["learned"]):
                 part.load_state_dict(state)
             buffer.rows[: run.step] = saved["rows"]
