@@ -60,7 +60,7 @@ class Args:
     resume: bool = False  # go on from the last checkpoint, or begin where there is none
     output_dir: Path = Path("runs")  # folder of the run directories
     device: Literal["auto", "cpu"] = "auto"  # auto: CUDA where there is one
-    threads: int = 2  # of PyTorch on the CPU
+    threads: int = 2  # of PyTorch on the CPU; 1 where other work runs beside it
     compile: bool | None = None  # torch.compile: slower start, faster steps; None: where a compiler is
 
 
@@ -298,7 +298,7 @@ def load_demonstrations(path: Path, env: gym.Env, num_trajectories: int) -> tupl
             raise ValueError("some actions are outside the bounds")
     except Exception as error:  # what a damaged archive raises is open-ended
         make = f"python sac_baseline.py --env-id {env_id} --save-demos {path}"
-        fail(f"{path} does not give {num_trajectories} episodes of {env_id}: {error}; to make them: {make}")
+        fail(f"{path} does not give {num_trajectories} episodes of {env_id}: {error!r}; to make them: {make}")
     arrays = [x[: ends[num_trajectories - 1]].astype(np.float32) for x in (s, a, s_next)]
     return [torch.from_numpy(x) for x in arrays], expert_return
 

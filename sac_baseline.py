@@ -59,7 +59,7 @@ class Args:
     resume: bool = False  # go on from the run's last checkpoint, or begin where there is none
     output_dir: Path = Path("runs")  # folder of the run directories
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
-    threads: int = 2  # of PyTorch on the CPU; 1 each for several runs side by side
+    threads: int = 2  # of PyTorch on the CPU; 1 where other work runs beside it
     compile: bool | None = None  # torch.compile: slower start, faster steps; None: where a compiler is
 
 
