@@ -1100,6 +1100,9 @@ def test_links_and_commands_are_true(path):
 
 def test_the_readmes_code_works(tmp_path, monkeypatch):
     blocks = re.findall(r"^```python\n(.*?)^```$", (HERE / "README.md").read_text(), re.S | re.M)
+    torch.save(diffail.mlp(17, 12).state_dict(), policy := tmp_path / "policy.pt")
+    exec(re.sub(r"runs/\S+/policy.pt", str(policy), blocks.pop(0)), played := {})
+    assert played["states"].shape == (1000, 17) and played["rewards"].shape == (1000,)
     with np.load(corridor_demos(tmp_path / "corridor.npz")) as file:
         names = dict(zip(["s", "a", "s_next", "r", "fell", "out_of_time"], map(file.get, diffail.NAMES)))
     for before, after in {"my_demos": f"{tmp_path}/my_demos", "HalfCheetah-v4": "Corridor-v0"}.items():
