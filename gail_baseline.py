@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -247,9 +248,10 @@ def graphed(function):
 
 
 def fail(message, code=2):
-    """End with one line on stderr; code 2 is for the user's input, files and disk."""
+    """One line on stderr and, but for code 0, the end; code 2 is for the user's input, files and disk."""
     tqdm.write(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(code)
+    if code:
+        raise SystemExit(code)
 
 
 def check_args(args):
@@ -282,25 +284,41 @@ def make_env(env_id: str) -> gym.Env:
 
 def load_demonstrations(path: Path, env: gym.Env, num_trajectories: int) -> tuple[list[Tensor], float]:
     """s, a in [-1, 1] and s_next [N, dim], and the expert's return. Exits with code 2 where they are bad."""
-    env_id, box, obs = env.spec.id, env.env.action_space, env.observation_space.shape
+    env_id, limits, space = env.spec.id, env.env.action_space, env.observation_space
     try:
         with np.load(path) as file:
             data, metadata = [file[name] for name in NAMES], json.loads(file["metadata"].item())
+        shapes = [(len(data[0]), *shape) for shape in (space.shape, limits.shape, space.shape, (), (), ())]
+        if [np.shape(x) for x in data] != shapes or metadata["env_id"] != env_id:
+            raise ValueError(f"it needs arrays of shapes {shapes}; it is of {metadata['env_id']}")
         s, a, s_next, rewards, terminated, truncated = data
-        ends, expert_return = np.flatnonzero(terminated | truncated) + 1, float(np.mean(metadata["returns"]))
-        if metadata["env_id"] != env_id or num_trajectories > len(ends):
-            raise ValueError(f"it holds {len(ends)} of {metadata['env_id']}")
-        shapes = [(len(rewards), *shape) for shape in (obs, box.shape, obs, (), (), ())]
-        if [x.shape for x in data] != shapes or not all(np.isfinite(x).all() for x in (*data, expert_return)):
-            raise ValueError(f"arrays must be finite, with shapes {shapes}")
-        a = 2 * (a - box.low) / (box.high - box.low) - 1
-        if not np.abs(a).max() <= 1 + 1e-5:  # NaN, too, as where two bounds are one
-            raise ValueError("some actions are outside the bounds")
+        a = 2 * (a - limits.low) / (limits.high - limits.low) - 1
+        ends, rows, returns = np.flatnonzero(terminated | truncated), np.arange(len(s)), metadata["returns"]
+        if not num_trajectories <= len(ends) == len(returns):
+            raise ValueError(f"it holds {len(ends)} episodes and {len(returns)} returns")
+        follows = (s_next == np.roll(s, -1, axis=0)).all(1) | np.isin(rows, ends)
+        sums = np.add.reduceat(rewards, np.r_[0, ends[:-1] + 1], dtype=float)
+        longest, made = env.spec.max_episode_steps, metadata.get("versions", {}).get("mujoco")
+        for code, where, right, what in (
+            (2, rows, np.isfinite(np.c_[s, a, s_next, rewards]).all(1), "row {} is not finite"),
+            (2, rows, (np.abs(a) <= 1 + 1e-5).all(1), "row {}: an action out of bounds"),
+            (2, rows[-1:], ends[-1:] == rows[-1:], "row {}, the last, ends no episode"),
+            (2, rows, follows | (metadata.get("subsampled") is True), "row {}: next_observations is not the "
+             'next row; for rows with gaps put "subsampled": true into the metadata'),
+            (2, ends, np.diff(ends, prepend=-1) <= (longest or len(s)), "row {}: an episode too long"),
+            (2, ends, np.isclose(sums, returns, rtol=1e-4), "row {}: the rewards are not the return"),
+            (0, rows, ((s >= space.low) & (s <= space.high)).all(1), "row {} is out of the space"),
+            (0, range(s.shape[1]), np.ptp(s, axis=0) > 0, "observations[:, {}] never move"),
+            (0, NAMES, np.array([x.dtype == np.float32 for x in data[:4]]), "{} are converted to float32"),
+            (0, [made], np.array([made in (None, mujoco.__version__)]), "made by MuJoCo {}, not this one"),
+        ):  # fmt: skip
+            if not right.all():
+                fail(f"{path}: {what.format(where[right.argmin()])}", code)
+        arrays = [x[: ends[num_trajectories - 1] + 1].astype(np.float32) for x in (s, a, s_next)]
+        return [torch.from_numpy(x) for x in arrays], float(np.mean(returns))
     except Exception as error:  # what a damaged archive raises is open-ended
         make = f"python sac_baseline.py --env-id {env_id} --save-demos {path}"
         fail(f"{path} does not give {num_trajectories} episodes of {env_id}: {error!r}; to make them: {make}")
-    arrays = [x[: ends[num_trajectories - 1]].astype(np.float32) for x in (s, a, s_next)]
-    return [torch.from_numpy(x) for x in arrays], expert_return
 
 
 def write_file(path, content):
@@ -311,8 +329,7 @@ def write_file(path, content):
         temporary.write_text(content) if isinstance(content, str) else torch.save(content, temporary)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        if temporary.exists():
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         fail(f"cannot write {path}, and left it as it was: {error}")
 
 
@@ -336,15 +353,14 @@ def play_episode(actor: nn.Module, env: gym.Env, seed: int) -> list[np.ndarray]:
 
 def evaluate(agent, env, step):
     """Means over episodes, and the correlation of their surrogate with their true returns."""
-    returns, lengths, surrogates = [], [], []
+    episodes = []
     for i in range(agent.args.eval_episodes):
         s, a, s_next, rewards, *_ = play_episode(agent.actor, env, episode_seed(agent.args.seed, 1, step, i))
         x = agent.pair(*map(torch.from_numpy, (s, a, s_next))).to(agent.expert.device)
         with torch.random.fork_rng():  # the same noise each time, and none of the training's
             torch.manual_seed(0)
-            surrogates.append(2 * agent.discriminator.reward(x).sum().item())
-        returns.append(rewards.sum())
-        lengths.append(len(s))
+            episodes.append((rewards.sum(), len(s), 2 * agent.discriminator.reward(x).sum().item()))
+    returns, lengths, surrogates = np.array(episodes).T
     varies = np.ptp(returns) > 0 and np.ptp(surrogates) > 0
     correlation = np.corrcoef(surrogates, returns)[0, 1] if varies else math.nan
     row = {"mean_return": np.mean(returns), "std_return": np.std(returns), "mean_length": np.mean(lengths)}
@@ -371,6 +387,9 @@ def train(args: Args):
     setting = "state-only" if args.state_only else "state-action"
     run_name = f"{args.env_id}__{Path(__file__).stem}__{setting}__{args.num_trajectories}traj__s{args.seed}"
     run_dir, checkpoint = args.output_dir / run_name, args.output_dir / run_name / "checkpoint.pt"
+    done, config_path = "finished_at_step", run_dir / "config.json"
+    if config_path.exists() and not checkpoint.exists() and done.encode() in config_path.read_bytes():
+        fail(f"{run_dir} holds a finished run without its checkpoint: choose another --output-dir or --seed")
     if run_dir.exists() and not args.resume:
         fail(f"{run_dir} holds a run already: --resume it, or choose another --output-dir or --seed")
     git = partial(subprocess.run, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -382,7 +401,10 @@ def train(args: Args):
     run = SimpleNamespace(step=0, seconds=0.0, csv="", episode=0, begun=0, rewards=[], fallen=False)
     if args.resume and checkpoint.exists():
         try:
+            if zipfile.ZipFile(checkpoint).testzip():  # PyTorch does not look at the archive's checksums
+                raise ValueError("checksum")
             saved = torch.load(checkpoint, map_location=device)
+            kinds = [{name: type(value) for name, value in x.items()} for x in (vars(run), saved["run"])]
             run = SimpleNamespace(**saved["run"])
             changed = [name for name, value in saved["args"].items() if value != getattr(args, name)]
             changed += ["demos"] * (not torch.equal(saved["learned"][0]["expert"], agent.expert))
@@ -391,7 +413,13 @@ def train(args: Args):
                 fail(f"{run_dir} was made with another {', '.join(changed)}")
             for part, state in zip(learned, saved["learned"]):
                 part.load_state_dict(state)
-            buffer.rows[: run.step] = saved["rows"]
+            for adam in learned[1:]:
+                for x, moments in adam.state.items():  # the fused step would write beyond smaller ones
+                    torch.stack([x, moments["exp_avg"], moments["exp_avg_sq"]])
+            rows = buffer.rows[: run.step]
+            if kinds[0] != kinds[1] or rows.shape != saved["rows"].shape:
+                raise ValueError("parts")
+            rows.copy_(saved["rows"])
             buffer.size.fill_(run.step)
             torch.set_rng_state(saved["rng"].cpu())
         except Exception as error:  # what a damaged archive raises is open-ended
@@ -399,7 +427,7 @@ def train(args: Args):
     s, _ = env.reset(seed=episode_seed(args.seed, 0, run.episode))
     for a in buffer.rows[run.begun : run.step].cpu().split(buffer.widths, dim=1)[1].numpy():
         s, *_ = env.step(a)  # the unfinished episode again, to where it was
-    write_file(run_dir / "config.json", json.dumps(config, indent=2))
+    write_file(config_path, json.dumps(config, indent=2))
     writer, scalars, signals = SummaryWriter(run_dir, purge_step=run.step + 1), {}, []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: signals.append(number))
@@ -452,8 +480,8 @@ def train(args: Args):
             fail(f"{run_dir}: stopped at step {step:,}; --resume goes on from there", 128 + signals[0])
 
     writer.close()
-    config |= {"finished_at_step": run.step, "wall_time_seconds": round(run.seconds)}
-    write_file(run_dir / "config.json", json.dumps(config, indent=2))
+    config |= {done: run.step, "wall_time_seconds": round(run.seconds)}
+    write_file(config_path, json.dumps(config, indent=2))
     print(f"{run_dir}: {run.step:,} steps in {run.seconds / 60:.1f} minutes")
 
 

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -188,9 +189,10 @@ def graphed(function):
 
 
 def fail(message, code=2):
-    """End with one line on stderr; code 2 is for the user's input, files and disk."""
+    """One line on stderr and, but for code 0, the end; code 2 is for the user's input, files and disk."""
     tqdm.write(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(code)
+    if code:
+        raise SystemExit(code)
 
 
 def check_args(args):
@@ -229,8 +231,7 @@ def write_file(path, content):
         temporary.write_text(content) if isinstance(content, str) else torch.save(content, temporary)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        if temporary.exists():
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         fail(f"cannot write {path}, and left it as it was: {error}")
 
 
@@ -300,6 +301,9 @@ def train(args: Args):
     # `run` is what changes and is neither learned nor stored
     run_name = f"{args.env_id}__{Path(__file__).stem}__s{args.seed}"
     run_dir, checkpoint = args.output_dir / run_name, args.output_dir / run_name / "checkpoint.pt"
+    done, config_path = "finished_at_step", run_dir / "config.json"
+    if config_path.exists() and not checkpoint.exists() and done.encode() in config_path.read_bytes():
+        fail(f"{run_dir} holds a finished run without its checkpoint: choose another --output-dir or --seed")
     if run_dir.exists() and not args.resume:
         fail(f"{run_dir} holds a run already: --resume it, or choose another --output-dir or --seed")
     git = partial(subprocess.run, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -310,7 +314,10 @@ def train(args: Args):
     run = SimpleNamespace(step=0, seconds=0.0, csv="", episode=0, begun=0, rewards=[], last_return=-math.inf)
     if args.resume and checkpoint.exists():
         try:
+            if zipfile.ZipFile(checkpoint).testzip():  # PyTorch does not look at the archive's checksums
+                raise ValueError("checksum")
             saved = torch.load(checkpoint, map_location=device)
+            kinds = [{name: type(value) for name, value in x.items()} for x in (vars(run), saved["run"])]
             run = SimpleNamespace(**saved["run"])
             changed = [name for name, value in saved["args"].items() if value != getattr(args, name)]
             changed += ["total_timesteps, a greater one"] * (run.step > args.total_timesteps)
@@ -318,7 +325,13 @@ def train(args: Args):
                 fail(f"{run_dir} was made with another {', '.join(changed)}")
             for part, state in zip(learned, saved["learned"]):
                 part.load_state_dict(state)
-            buffer.rows[: run.step] = saved["rows"]
+            for adam in learned[1:]:
+                for x, moments in adam.state.items():  # the fused step would write beyond smaller ones
+                    torch.stack([x, moments["exp_avg"], moments["exp_avg_sq"]])
+            rows = buffer.rows[: run.step]
+            if kinds[0] != kinds[1] or rows.shape != saved["rows"].shape:
+                raise ValueError("parts")
+            rows.copy_(saved["rows"])
             buffer.size.fill_(run.step)
             torch.set_rng_state(saved["rng"].cpu())
         except Exception as error:  # what a damaged archive raises is open-ended
@@ -326,7 +339,7 @@ def train(args: Args):
     s, _ = env.reset(seed=episode_seed(args.seed, 0, run.episode))
     for a in buffer.rows[run.begun : run.step].cpu().split(buffer.widths, dim=1)[1].numpy():
         s, *_ = env.step(a)  # the unfinished episode again, to where it was
-    write_file(run_dir / "config.json", json.dumps(config, indent=2))
+    write_file(config_path, json.dumps(config, indent=2))
     writer, scalars, signals = SummaryWriter(run_dir, purge_step=run.step + 1), {}, []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: signals.append(number))
@@ -383,8 +396,8 @@ def train(args: Args):
             fail(f"{run_dir}: stopped at step {step:,}; --resume goes on from there", 128 + signals[0])
 
     writer.close()
-    config |= {"finished_at_step": run.step, "wall_time_seconds": round(run.seconds)}
-    write_file(run_dir / "config.json", json.dumps(config, indent=2))
+    config |= {done: run.step, "wall_time_seconds": round(run.seconds)}
+    write_file(config_path, json.dumps(config, indent=2))
     print(f"{run_dir}: {run.step:,} steps in {run.seconds / 60:.1f} minutes")
     if args.target_return is not None and run.last_return < target:
         fail(f"the last evaluation did not reach --target-return {target}: nothing was recorded", 1)
