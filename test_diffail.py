@@ -1175,7 +1175,9 @@ def test_the_readmes_code_works(tmp_path, monkeypatch):
     assert played["states"].shape == (1000, 17) and played["rewards"].shape == (1000,)
     with np.load(corridor_demos(tmp_path / "corridor.npz")) as file:
         names = dict(zip(["s", "a", "s_next", "r", "fell", "out_of_time"], map(file.get, diffail.NAMES)))
-    for before, after in {"my_demos": f"{tmp_path}/my_demos", "HalfCheetah-v4": "Corridor-v0"}.items():
+    changes = {"my_demos": f"{tmp_path}/my_demos", "HalfCheetah-v4": "Corridor-v0", "[4500.0]": "3 * [35.0]"}
+    for before, after in changes.items():
+        assert before in blocks[0]
         blocks[0] = blocks[0].replace(before, after)
     exec(blocks[0], names | {"np": np, "json": json})
     for script in IMITATORS:  # a class of one's own in the discriminator's place
