@@ -305,9 +305,9 @@ def load_demonstrations(path: Path, env: gym.Env, num_trajectories: int) -> tupl
             (2, rows[-1:], ends[-1:] == rows[-1:], "row {}, the last, ends no episode"),
             (2, rows, follows | (metadata.get("subsampled") is True), "row {}: next_observations is not the "
              'next row; for rows with gaps put "subsampled": true into the metadata'),
-            (2, ends, np.diff(ends, prepend=-1) <= (longest or len(s)), "row {}: an episode too long"),
-            (2, ends, np.isclose(sums, returns, rtol=1e-4), "row {}: the rewards are not the return"),
-            (0, rows, ((s >= space.low) & (s <= space.high)).all(1), "row {} is out of the space"),
+            (2, ends, np.diff(ends, prepend=-1) <= (longest or len(s)), "row {} ends too long an episode"),
+            (2, ends, np.isclose(sums, returns, rtol=1e-4), "row {}: returns is not the rewards' sum"),
+            (0, rows, ((s >= space.low) & (s <= space.high)).all(1), "row {} leaves the observation space"),
             (0, range(s.shape[1]), np.ptp(s, axis=0) > 0, "observations[:, {}] never move"),
             (0, NAMES, np.array([x.dtype == np.float32 for x in data[:4]]), "{} are converted to float32"),
             (0, [made], np.array([made in (None, mujoco.__version__)]), "made by MuJoCo {}, not this one"),
@@ -387,17 +387,16 @@ def train(args: Args):
     # `run` is what changes and is neither learned nor stored
     setting = "state-only" if args.state_only else "state-action"
     run_name = f"{args.env_id}__{Path(__file__).stem}__{setting}__{args.num_trajectories}traj__s{args.seed}"
-    run_dir, checkpoint = args.output_dir / run_name, args.output_dir / run_name / "checkpoint.pt"
-    done, config_path = "finished_at_step", run_dir / "config.json"
-    if config_path.exists() and not checkpoint.exists() and done.encode() in config_path.read_bytes():
+    run_dir = args.output_dir / run_name
+    checkpoint, config_path = run_dir / "checkpoint.pt", run_dir / "config.json"
+    if config_path.exists() and not checkpoint.exists() and b"finished_at_step" in config_path.read_bytes():
         fail(f"{run_dir} holds a finished run without its checkpoint: choose another --output-dir or --seed")
     if run_dir.exists() and not args.resume:
         fail(f"{run_dir} holds a run already: --resume it, or choose another --output-dir or --seed")
     git = partial(subprocess.run, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    config = {"args": {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()}}
-    config["commit"] = git("git describe --always --dirty --abbrev=40").stdout.strip()
+    commit = git("git describe --always --dirty --abbrev=40").stdout.strip()
+    config = {"args": vars(args), "commit": commit, "expert_return": expert_return}
     config["versions"] = {module.__name__: str(module.__version__) for module in (torch, gym, mujoco, np)}
-    config["expert_return"] = expert_return
     learned = agent, agent.discriminator_adam, agent.critic_adam, agent.actor_adam
     run = SimpleNamespace(step=0, seconds=0.0, csv="", episode=0, begun=0, rewards=[], fallen=False)
     if args.resume and checkpoint.exists():
@@ -428,10 +427,11 @@ def train(args: Args):
     s, _ = env.reset(seed=episode_seed(args.seed, 0, run.episode))
     for a in buffer.rows[run.begun : run.step].cpu().split(buffer.widths, dim=1)[1].numpy():
         s, *_ = env.step(a)  # the unfinished episode again, to where it was
-    write_file(config_path, json.dumps(config, indent=2))
+    write_file(config_path, json.dumps(config, indent=2, default=str))
     writer, scalars, signals = SummaryWriter(run_dir, purge_step=run.step + 1), {}, []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, _: signals.append(number))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does with SIGHUP
+            signal.signal(number, lambda number, _: signals.append(number))
 
     steps, start = range(run.step + 1, args.total_timesteps + 1), time.time() - run.seconds
     for step in tqdm(steps, initial=run.step, total=args.total_timesteps, disable=None):
@@ -481,8 +481,8 @@ def train(args: Args):
             fail(f"{run_dir}: stopped at step {step:,}; --resume goes on from there", 128 + signals[0])
 
     writer.close()
-    config |= {done: run.step, "wall_time_seconds": round(run.seconds)}
-    write_file(config_path, json.dumps(config, indent=2))
+    config |= {"finished_at_step": run.step, "wall_time_seconds": round(run.seconds)}
+    write_file(config_path, json.dumps(config, indent=2, default=str))
     print(f"{run_dir}: {run.step:,} steps in {run.seconds / 60:.1f} minutes")
 
 

@@ -277,7 +277,7 @@ def record_demonstrations(path, actor, env, args, config):
         fail(f"--save-demos {path}: the file exists already, and is not overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp.npz")
-    np.savez_compressed(temporary, metadata=json.dumps(metadata), **arrays)
+    np.savez_compressed(temporary, metadata=json.dumps(metadata, default=str), **arrays)
     temporary.replace(path)
     print(f"{path}: {len(returns)} episodes, return {np.mean(returns):.1f} ± {np.std(returns):.1f}")
 
@@ -301,15 +301,15 @@ def train(args: Args):
 
     # `run` is what changes and is neither learned nor stored
     run_name = f"{args.env_id}__{Path(__file__).stem}__s{args.seed}"
-    run_dir, checkpoint = args.output_dir / run_name, args.output_dir / run_name / "checkpoint.pt"
-    done, config_path = "finished_at_step", run_dir / "config.json"
-    if config_path.exists() and not checkpoint.exists() and done.encode() in config_path.read_bytes():
+    run_dir = args.output_dir / run_name
+    checkpoint, config_path = run_dir / "checkpoint.pt", run_dir / "config.json"
+    if config_path.exists() and not checkpoint.exists() and b"finished_at_step" in config_path.read_bytes():
         fail(f"{run_dir} holds a finished run without its checkpoint: choose another --output-dir or --seed")
     if run_dir.exists() and not args.resume:
         fail(f"{run_dir} holds a run already: --resume it, or choose another --output-dir or --seed")
     git = partial(subprocess.run, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    config = {"args": {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()}}
-    config["commit"] = git("git describe --always --dirty --abbrev=40").stdout.strip()
+    commit = git("git describe --always --dirty --abbrev=40").stdout.strip()
+    config = {"args": vars(args), "commit": commit}
     config["versions"] = {module.__name__: str(module.__version__) for module in (torch, gym, mujoco, np)}
     learned = agent, agent.critic_adam, agent.actor_adam
     run = SimpleNamespace(step=0, seconds=0.0, csv="", episode=0, begun=0, rewards=[], last_return=-math.inf)
@@ -340,10 +340,11 @@ def train(args: Args):
     s, _ = env.reset(seed=episode_seed(args.seed, 0, run.episode))
     for a in buffer.rows[run.begun : run.step].cpu().split(buffer.widths, dim=1)[1].numpy():
         s, *_ = env.step(a)  # the unfinished episode again, to where it was
-    write_file(config_path, json.dumps(config, indent=2))
+    write_file(config_path, json.dumps(config, indent=2, default=str))
     writer, scalars, signals = SummaryWriter(run_dir, purge_step=run.step + 1), {}, []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, _: signals.append(number))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does with SIGHUP
+            signal.signal(number, lambda number, _: signals.append(number))
 
     steps, start = range(run.step + 1, args.total_timesteps + 1), time.time() - run.seconds
     target = math.inf if args.target_return is None else args.target_return
@@ -397,8 +398,8 @@ def train(args: Args):
             fail(f"{run_dir}: stopped at step {step:,}; --resume goes on from there", 128 + signals[0])
 
     writer.close()
-    config |= {done: run.step, "wall_time_seconds": round(run.seconds)}
-    write_file(config_path, json.dumps(config, indent=2))
+    config |= {"finished_at_step": run.step, "wall_time_seconds": round(run.seconds)}
+    write_file(config_path, json.dumps(config, indent=2, default=str))
     print(f"{run_dir}: {run.step:,} steps in {run.seconds / 60:.1f} minutes")
     if args.target_return is not None and run.last_return < target:
         fail(f"the last evaluation did not reach --target-return {target}: nothing was recorded", 1)
